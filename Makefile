@@ -1,0 +1,105 @@
+# Everything that a fresh Debian or Ubuntu machine with Python 3.11+ needs: make demo, make test.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+            $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(p))) python3)
+BIN := .venv/bin
+PYTEST_FLAGS ?= -n 2
+FUZZ_RUNS ?= 2000
+FUZZ_RUNS_FULL ?= 200000
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The environment's cmake and ninja, whether it is activated or not.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CXX_FILES := $(shell find runtime_ext/include runtime_ext/src third_party -name '*.h' -o -name '*.cc' 2>/dev/null)
+CXX_TEST_FILES := $(wildcard tests/cpp/*)
+FORMATTED := $(shell find runtime_ext/include runtime_ext/src tests/cpp benchmarks -name '*.h' -o -name '*.cc' 2>/dev/null)
+
+.PHONY: help
+help: ## list what can be done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+.PHONY: setup
+setup: ## install the system packages that are missing (as root), or list them
+	@scripts/system_packages.sh "$(PYTHON)"
+
+# Dependencies first and apart, so that a change of C++ rebuilds the runtime only.
+.venv/.dependencies: pyproject.toml scripts/requirements.py | setup
+	[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
+	$(BIN)/python scripts/requirements.py > .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet -r .venv/requirements.txt
+	touch $@
+
+.venv/.installed: .venv/.dependencies CMakeLists.txt $(CXX_FILES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+.PHONY: install
+install: .venv/.installed ## create ./.venv with everything and build the runtime
+
+.PHONY: demo
+demo: .venv/.installed ## compile the embedded model and run it at three memory budgets
+	$(BIN)/cfmoe demo
+
+.PHONY: test
+test: lint test-cpp test-python ## every check: lint, C++ under sanitizers, Python (at most 15 minutes on two cores)
+
+.PHONY: test-full
+test-full: lint test-cpp fuzz ## test, with long fuzzing and the slow tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.PHONY: test-python
+test-python: .venv/.installed ## the Python tests, but for the slow ones
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+CMAKE_TESTS = cmake -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCFMOE_BUILD_TESTS=ON \
+              -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g"
+
+build/asan/.built: .venv/.dependencies CMakeLists.txt $(CXX_FILES) $(CXX_TEST_FILES)
+	$(CMAKE_TESTS) -B build/asan -DCFMOE_SANITIZE=address > /dev/null
+	cmake --build build/asan
+	touch $@
+
+build/tsan/.built: .venv/.dependencies CMakeLists.txt $(CXX_FILES) $(CXX_TEST_FILES)
+	$(CMAKE_TESTS) -B build/tsan -DCFMOE_SANITIZE=thread > /dev/null
+	cmake --build build/tsan --target cfmoe_tests
+	touch $@
+
+.PHONY: test-cpp
+test-cpp: build/asan/.built build/tsan/.built ## the C++ tests, under AddressSanitizer and UBSan, then ThreadSanitizer
+	build/asan/cfmoe_tests
+	build/tsan/cfmoe_tests
+	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS)
+
+.PHONY: fuzz
+fuzz: build/asan/.built ## long fuzzing of the loader
+	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS_FULL)
+
+.PHONY: lint
+lint: .venv/.installed ## ruff, mypy, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
+
+.PHONY: format
+format: .venv/.dependencies ## put Python and C++ into the project's form
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(FORMATTED)
+
+.PHONY: docs
+docs: .venv/.installed ## write docs/cli.md anew from the commands' --help
+	$(BIN)/python scripts/cli_docs.py
+
+.PHONY: bench
+bench: .venv/.installed ## the benchmarks; writes JSON under build/bench
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: clean
+clean: ## remove what was built, but not ./.venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .venv/.installed

@@ -1,0 +1,169 @@
+"""A directory that appears under its name only when complete: staged beside it, renamed at the end, removed on failure."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from cfmoe.artifact.layout import FORMAT, MANIFEST
+from cfmoe.errors import CFMoEError, os_error
+
+# .<name>.cfmoe-new-<pid>-<random> while being written; .<name>.cfmoe-old-<pid>-<random> is what a forced write replaces.
+_STAGED = re.compile(r"^\.(?P<name>.+)\.cfmoe-(?P<kind>new|old)-(?P<pid>\d+)-[^-/]+$")
+
+
+class StagingDirectory:
+    """Owns the temporary sibling of `out`. Exactly one of `commit` and `discard` ends it.
+
+    Raises CFMoEError where `out` exists and may not be replaced, or where the staging directory cannot be made.
+    """
+
+    def __init__(self, out: Path, force: bool) -> None:
+        self.out = Path(os.path.abspath(out))
+        self._force = force
+        _check_replaceable(self.out, force)
+        self._made_parents = _make_parents(self.out.parent)
+        try:
+            _sweep(self.out.parent)
+            self.path = self.out.with_name(f".{self.out.name}.cfmoe-new-{os.getpid()}-{secrets.token_hex(4)}")
+            self.path.mkdir()
+        except OSError as error:
+            self._remove_parents()
+            raise os_error(error, self.out, "create") from error
+        self._lock: int | None = _lock(self.path)
+
+    def commit(self) -> None:
+        """Puts the staged directory in the place of `out`, atomically if nothing is there."""
+        _check_replaceable(self.out, self._force)
+        old: Path | None = None
+        try:
+            _sync(self.path)
+            if os.path.lexists(self.out):
+                old = self.path.with_name(self.path.name.replace(".cfmoe-new-", ".cfmoe-old-"))
+                os.rename(self.out, old)
+            os.rename(self.path, self.out)
+            _sync(self.out.parent)
+        except OSError as error:
+            if old is not None and not os.path.lexists(self.out):
+                os.rename(old, self.out)
+            raise os_error(error, self.out, "create") from error
+        self._made_parents = []
+        self._unlock()
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)  # what stays behind is swept by the next write
+
+    def discard(self) -> None:
+        """Removes everything that was staged."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+        self._remove_parents()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _remove_parents(self) -> None:
+        for parent in reversed(self._made_parents):
+            with contextlib.suppress(OSError):  # somebody else put something there meanwhile
+                parent.rmdir()
+        self._made_parents = []
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise CFMoEError(f"{out} exists; give --force to replace it, or another path")
+    if out.is_symlink() or not out.is_dir():
+        raise CFMoEError(f"{out} is not a directory; --force replaces artifacts only; give another path")
+    if any(out.iterdir()) and not _looks_like_artifact(out):
+        raise CFMoEError(f"{out} is not an artifact (no {MANIFEST} of ours); --force replaces artifacts only; give another path")
+
+
+def _looks_like_artifact(directory: Path) -> bool:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Makes `parent` and what is missing above it; returns what it made, outermost first."""
+    missing: list[Path] = []
+    while not parent.exists():
+        missing.insert(0, parent)
+        parent = parent.parent
+    made: list[Path] = []
+    for path in missing:
+        try:
+            path.mkdir()
+        except OSError as error:
+            if error.errno == errno.EEXIST and path.is_dir():
+                continue
+            for done in reversed(made):
+                done.rmdir()
+            raise os_error(error, path, "create") from error
+        made.append(path)
+    return made
+
+
+def _sweep(parent: Path) -> None:
+    """Clears what writers that died have left in `parent`; an artifact that was moved away and never replaced is put back."""
+    for path in parent.iterdir():
+        match = _STAGED.match(path.name)
+        if match is None or path.is_symlink() or _is_alive(int(match["pid"])):
+            continue
+        lock = _lock(path)
+        if lock is None:
+            continue  # held by a process that is not visible from here, in another container for instance
+        try:
+            if match["kind"] == "old" and not os.path.lexists(parent / match["name"]):
+                os.rename(path, parent / match["name"])
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _lock(directory: Path) -> int | None:
+    """An open descriptor that holds the directory's lock until closed; None where it is held or locks are not to be had."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems have no fsync for directories
+            raise
+    finally:
+        os.close(descriptor)

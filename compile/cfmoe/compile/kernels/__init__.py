@@ -1,0 +1,1 @@
+"""Kernels written directly in TIR; each module emits PrimFuncs for one operation."""

@@ -1,0 +1,134 @@
+"""One tile of a weight matrix against a few activation rows: the inner loop of every projection.
+
+Weight and activation layouts are those of docs/artifact-format.md. Sums over the inputs run in the same order for any number of rows, so
+a row's result does not depend on what it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32, i64, let, load, local, loop, splat, store
+from cfmoe.compile.kernels.simd import Simd
+
+ROW_BLOCK = 4  # rows that share one pass over a tile: as many accumulators as 32 vector registers hold
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights of one class are stored. `words` is the size of a block in units of `dtype`."""
+
+    name: str
+    dtype: str
+    words: int
+    words32: int  # the same in 32-bit words
+    codes_per_word: int = 0
+    zero: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        return self.codes_per_word > 0
+
+    @property
+    def activation_dtype(self) -> str:
+        return "int32" if self.quantised else "float32"
+
+    def activation_width(self, inputs: int) -> int:
+        """Elements of one activation row of `inputs` values."""
+        return inputs // GROUP * 10 if self.quantised else inputs
+
+
+FORMATS = {
+    "q4": Format("q4", "int32", 4 * TILE + TILE // 2, 4 * TILE + TILE // 2, 8, 8),
+    "q8": Format("q8", "int32", 8 * TILE + TILE // 2, 8 * TILE + TILE // 2, 4, 128),
+    "f16": Format("f16", "float16", GROUP * TILE, GROUP * TILE // 2),
+    "f32": Format("f32", "float32", GROUP * TILE, GROUP * TILE),
+}
+
+
+def padded(outputs: int) -> int:
+    return -(-outputs // TILE) * TILE
+
+
+def packed_size(fmt: Format, inputs: int, outputs: int) -> int:
+    """Elements of `fmt.dtype` that a matrix of `inputs` × `outputs` occupies."""
+    return padded(outputs) // TILE * (inputs // GROUP) * fmt.words
+
+
+def _quantised_block(
+    simd: Simd, fmt: Format, weights: Buffer, block: Expr, activation: Buffer, rows: Sequence[Expr], group: Expr, acc: Sequence[Buffer]
+) -> None:
+    lanes = simd.lanes
+    vector = f"int32x{lanes}"
+    signed = simd.dot == "sdot"
+    code_words = GROUP // fmt.codes_per_word
+    at = let(group * i64(10))
+    scales = [let(T.reinterpret("float32", activation[row, at + i64(8)])) for row in rows]
+    # Signed instructions take code - zero directly for 8-bit codes; otherwise the zero point leaves with the sum of the activations.
+    shift = 0 if signed and fmt.zero == 128 else -fmt.zero
+    starts = [let(activation[row, at + i64(9)] * tirx.IntImm("int32", shift)) for row in rows]
+    for part in range(TILE // lanes):
+        sums = [splat(start, lanes) for start in starts]
+        for word in range(code_words):
+            packed = let(load(weights, block + i64(word * TILE + part * lanes), lanes=lanes))
+            if fmt.codes_per_word == 8:
+                mask = splat(tirx.IntImm("int32", 0x0F0F0F0F), lanes)
+                halves = [let(packed & mask), let((packed >> splat(tirx.IntImm("int32", 4), lanes)) & mask)]
+            elif signed:
+                halves = [let(packed ^ splat(tirx.IntImm("int32", -0x7F7F7F80), lanes))]
+            else:
+                halves = [packed]
+            for half, codes in enumerate(halves):
+                for r, row in enumerate(rows):
+                    x = activation[row, at + i64(word * len(halves) + half)]
+                    sums[r] = simd.dot4_signed(sums[r], codes, x) if signed else simd.dot4(sums[r], codes, x)
+        half_words = load(weights, block + i64(code_words * TILE + part * lanes // 2), lanes=lanes // 2)
+        weight_scale = let(T.Cast(f"float32x{lanes}", T.reinterpret(f"float16x{lanes}", half_words)))
+        for r in range(len(rows)):
+            old = load(acc[r], i64(part * lanes), lanes=lanes)
+            total = T.Cast(f"float32x{lanes}", T.Cast(vector, sums[r]))
+            store(acc[r], old + total * (weight_scale * splat(scales[r], lanes)), i64(part * lanes), lanes=lanes)
+
+
+def _float_block(
+    simd: Simd, weights: Buffer, block: Expr, activation: Buffer, rows: Sequence[Expr], group: Expr, acc: Sequence[Buffer]
+) -> None:
+    lanes = simd.lanes
+    with loop(GROUP) as k:
+        for part in range(TILE // lanes):
+            w = let(T.Cast(f"float32x{lanes}", load(weights, block + k * i64(TILE) + i64(part * lanes), lanes=lanes)))
+            for r, row in enumerate(rows):
+                x = activation[row, group * i64(GROUP) + k]
+                old = load(acc[r], i64(part * lanes), lanes=lanes)
+                store(acc[r], old + w * splat(x, lanes), i64(part * lanes), lanes=lanes)
+
+
+def accumulate(
+    simd: Simd,
+    fmt: Format,
+    weights: Buffer,  # 1-D, fmt.dtype
+    base: Expr,  # of the tile's first block, in elements of fmt.dtype
+    activation: Buffer,  # (n, fmt.activation_width(inputs))
+    rows: Sequence[Expr],  # of `activation`
+    inputs: int,
+    streams: int = 1,  # matrices whose blocks alternate
+) -> list[list[Buffer]]:
+    """Emits acc[stream][row] = activation[row] @ tile; returns the accumulators, 32 fp32 values each."""
+    lanes = simd.lanes
+    acc = [[local(TILE) for _ in rows] for _ in range(streams)]
+    for per_stream in acc:
+        for buffer in per_stream:
+            for part in range(TILE // lanes):
+                store(buffer, splat(f32(0.0), lanes), i64(part * lanes), lanes=lanes)
+    with loop(inputs // GROUP) as group:
+        for stream in range(streams):
+            block = let(base + (group * i64(streams) + i64(stream)) * i64(fmt.words))
+            if fmt.quantised:
+                _quantised_block(simd, fmt, weights, block, activation, rows, group, acc[stream])
+            else:
+                _float_block(simd, weights, block, activation, rows, group, acc[stream])
+    return acc

@@ -1,0 +1,95 @@
+// Keeps a policy-managed set of experts in memory and streams the others through it, one MoE layer at a time.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cache/cache_policy.h"
+#include "cache/expert_key.h"
+#include "cache/expert_view.h"
+#include "store/expert_store.h"
+
+namespace cfmoe {
+
+enum class Phase : uint8_t { kPrefill = 0, kDecode = 1 };
+
+// One expert that is in memory and may be computed: `index` is its place in the span given to prefill_layer or decode_group.
+struct ReadyExpert {
+  int32_t index = 0;
+  ExpertView view;
+};
+
+struct PhaseMetrics {
+  uint64_t hits = 0;
+  uint64_t misses = 0;
+  uint64_t prefetched = 0;
+  uint64_t bytes_read = 0;  // counted where the read returns, from real reads
+  uint64_t stall_ns = 0;    // time that the computing thread waited for a load
+};
+
+// One access, in the order of accounting. Prefill counts an expert once per (chunk, layer), decode once per (token, layer, k).
+struct AccessEvent {
+  Phase phase;
+  bool hit;
+  ExpertKey key;
+  uint64_t position;  // of the token; in prefill of the last token of the chunk that chose the expert
+};
+
+struct ExpertCacheOptions {
+  int32_t slots = 0;             // at least top_k
+  std::string policy = "lru";    // see make_policy
+  int32_t io_threads = 2;
+  bool log_events = false;
+};
+
+// Not thread safe: one caller. Reads run on the cache's own I/O threads.
+class ExpertCache {
+ public:
+  using ComputeFn = std::function<void(std::span<const ReadyExpert>)>;
+
+  // Throws cfmoe::Error (user error) where slots < top_k or the policy is unknown.
+  ExpertCache(ExpertStore& store, int32_t top_k, const ExpertCacheOptions& options);
+  ~ExpertCache();
+
+  // Runs `compute` for every expert in `experts` (ascending ids, distinct), residents first, each exactly once, on the calling thread,
+  // while the others load. `last_positions[i]` is the last position in this chunk that chose experts[i]. Each is read at most once.
+  // Victims depend on the order of the calls alone, never on how fast loads complete.
+  void prefill_layer(int32_t layer, std::span<const int32_t> experts, std::span<const uint64_t> last_positions,
+                     const ComputeFn& compute);
+
+  // Records what one prefill chunk chose: ids [tokens * top_k] in routing order, for hand_over.
+  void note_prefill_routing(int32_t layer, std::span<const int32_t> ids, uint64_t first_position);
+
+  // Seeds the decode set from the noted routing, weighted to the last tokens. Reads of chosen experts that are absent are started in the
+  // background and count as prefill; a decode access that meets one still loading is a hit that waits.
+  void hand_over();
+
+  // One (token, layer) group in top-k order. Hits are computed in one batch while misses load; misses follow in batches as they arrive.
+  void decode_group(int32_t layer, std::span<const int32_t> experts, uint64_t position, const ComputeFn& compute);
+
+  // Waits until no read is under way.
+  void drain();
+  // Forgets residents and policy state: the next access is cold.
+  void clear();
+  // Changes the number of slots between turns; shrinking gives memory back to the system at once.
+  void resize(int32_t slots);
+
+  const PhaseMetrics& metrics(Phase phase) const;
+  void reset_metrics();
+  std::vector<AccessEvent> take_events();
+  // Residents of a MoE layer, ascending.
+  std::vector<int32_t> residents(int32_t layer) const;
+  int32_t slots() const;
+  // Bytes of pool memory (0 with mmap, where the mapped file is used in place).
+  uint64_t pool_bytes() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace cfmoe

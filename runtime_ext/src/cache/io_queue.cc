@@ -1,0 +1,94 @@
+// Runs reads on a few threads, in the order of submission, and carries their errors to whoever waits for them.
+#include "cache/io_queue.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace cfmoe {
+
+class IoQueue::Job {
+ public:
+  std::function<void()> work;
+  bool done = false;
+  std::exception_ptr error;
+};
+
+IoQueue::IoQueue(int32_t threads) {
+  try {
+    for (int32_t i = 0; i < std::max(threads, 1); ++i) threads_.emplace_back([this] { run(); });
+  } catch (...) {
+    stop();
+    throw;
+  }
+}
+
+IoQueue::~IoQueue() { stop(); }
+
+void IoQueue::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+    queue_.clear();
+  }
+  work_arrived_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+IoQueue::JobPtr IoQueue::submit(std::function<void()> work) {
+  auto job = std::make_shared<Job>();
+  job->work = std::move(work);
+  {
+    std::lock_guard lock(mutex_);
+    queue_.push_back(job);
+  }
+  work_arrived_.notify_one();
+  return job;
+}
+
+bool IoQueue::done(const JobPtr& job) const {
+  std::lock_guard lock(mutex_);
+  return job->done;
+}
+
+void IoQueue::wait(const JobPtr& job) {
+  std::unique_lock lock(mutex_);
+  work_done_.wait(lock, [&] { return job->done; });
+  if (job->error) std::rethrow_exception(job->error);
+}
+
+void IoQueue::wait_any(std::span<const JobPtr> jobs) {
+  std::unique_lock lock(mutex_);
+  work_done_.wait(lock, [&] { return std::any_of(jobs.begin(), jobs.end(), [](const JobPtr& job) { return job->done; }); });
+}
+
+void IoQueue::wait_idle() {
+  std::unique_lock lock(mutex_);
+  work_done_.wait(lock, [&] { return queue_.empty() && running_ == 0; });
+}
+
+void IoQueue::run() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    work_arrived_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
+    if (stopping_) return;
+    JobPtr job = std::move(queue_.front());
+    queue_.pop_front();
+    ++running_;
+    lock.unlock();
+    std::exception_ptr error;
+    try {
+      job->work();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    job->work = nullptr;
+    lock.lock();
+    job->error = std::move(error);
+    job->done = true;
+    --running_;
+    work_done_.notify_all();
+  }
+}
+
+}  // namespace cfmoe

@@ -1,0 +1,50 @@
+// Runs reads on a few threads, in the order of submission, and carries their errors to whoever waits for them.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <vector>
+
+namespace cfmoe {
+
+class IoQueue {
+ public:
+  // One read. Everything that `work` wrote is visible to a thread that has seen it done.
+  class Job;
+  using JobPtr = std::shared_ptr<Job>;
+
+  explicit IoQueue(int32_t threads);
+  // Drops what has not begun, waits for what has.
+  ~IoQueue();
+  IoQueue(const IoQueue&) = delete;
+  IoQueue& operator=(const IoQueue&) = delete;
+
+  JobPtr submit(std::function<void()> work);
+  bool done(const JobPtr& job) const;
+  // Waits, then throws what the work threw.
+  void wait(const JobPtr& job);
+  // Waits until one of them is done; not for an empty list.
+  void wait_any(std::span<const JobPtr> jobs);
+  // Waits until nothing is queued or running. Errors stay with their jobs.
+  void wait_idle();
+
+ private:
+  void stop();
+  void run();
+
+  mutable std::mutex mutex_;
+  std::condition_variable work_arrived_, work_done_;
+  std::deque<JobPtr> queue_;
+  int32_t running_ = 0;
+  bool stopping_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace cfmoe

@@ -1,0 +1,229 @@
+// The C API: checks what callers give, and turns exceptions into a status and a line of text.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "cfmoe/cfmoe.h"
+#include "engine/engine.h"
+#include "engine/session.h"
+#include "error.h"
+
+struct cfmoe_engine {
+  cfmoe::Engine engine;
+  cfmoe_engine(const std::string& artifact, const cfmoe::EngineOptions& options) : engine(artifact, options) {}
+};
+
+struct cfmoe_session {
+  cfmoe::Session session;
+  explicit cfmoe_session(cfmoe_engine* engine) : session(engine->engine) {}
+};
+
+namespace {
+
+void write_error(const std::string& message, char* error, size_t error_size) {
+  if (error == nullptr || error_size == 0) return;
+  size_t length = std::min(message.size(), error_size - 1);
+  // Never half a character.
+  while (length < message.size() && length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0U) == 0x80U) --length;
+  for (size_t i = 0; i < length; ++i) error[i] = message[i] == '\n' || message[i] == '\r' ? ' ' : message[i];
+  error[length] = '\0';
+}
+
+template <typename Body>
+cfmoe_status guarded(char* error, size_t error_size, Body&& body) noexcept {
+  try {
+    body();
+    return CFMOE_OK;
+  } catch (const cfmoe::Error& e) {
+    write_error(e.what(), error, error_size);
+    switch (e.kind()) {
+      case cfmoe::ErrorKind::kUser: return CFMOE_USER;
+      case cfmoe::ErrorKind::kCancelled: return CFMOE_CANCELLED;
+      case cfmoe::ErrorKind::kInternal: return CFMOE_INTERNAL;
+    }
+    return CFMOE_INTERNAL;
+  } catch (const std::bad_alloc&) {
+    write_error("the system has no memory left: lower --memory-budget or --context-size", error, error_size);
+    return CFMOE_USER;
+  } catch (const std::exception& e) {
+    write_error(e.what(), error, error_size);
+  } catch (...) {
+    write_error("an unknown fault", error, error_size);
+  }
+  return CFMOE_INTERNAL;
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw cfmoe::Error(message);
+}
+
+void require_size(uint32_t given, size_t expected, const char* name) {
+  if (given == expected) return;
+  throw cfmoe::Error(std::string(name) + ".struct_size is " + std::to_string(given) + ", this library expects " +
+                     std::to_string(expected) + ": call " + name + "_init, and build against this library's header");
+}
+
+std::span<const int32_t> token_span(const int32_t* tokens, uint32_t count) {
+  require(tokens != nullptr || count == 0, "tokens is NULL");
+  return {tokens, count};
+}
+
+cfmoe_phase_metrics phase_metrics(const cfmoe::PhaseCost& cost, const cfmoe::PhaseMetrics& cache) {
+  return {cost.tokens, cost.seconds, cache.hits, cache.misses, cache.prefetched, cache.bytes_read, static_cast<double>(cache.stall_ns) * 1e-6};
+}
+
+}  // namespace
+
+uint32_t cfmoe_abi_version(void) { return CFMOE_ABI_VERSION; }
+const char* cfmoe_version(void) { return CFMOE_VERSION; }
+
+void cfmoe_engine_options_init(cfmoe_engine_options* options) {
+  if (options == nullptr) return;
+  *options = cfmoe_engine_options{};
+  options->struct_size = sizeof(cfmoe_engine_options);
+}
+
+void cfmoe_sampling_init(cfmoe_sampling* sampling) {
+  if (sampling == nullptr) return;
+  *sampling = cfmoe_sampling{};
+  sampling->struct_size = sizeof(cfmoe_sampling);
+  sampling->top_p = 1.0F;
+  sampling->repetition_penalty = 1.0F;
+}
+
+cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options* options, cfmoe_engine** out, char* error,
+                               size_t error_size) {
+  if (out != nullptr) *out = nullptr;
+  return guarded(error, error_size, [&] {
+    require(artifact != nullptr && out != nullptr, "artifact or out is NULL");
+    cfmoe::EngineOptions engine;
+    if (options != nullptr) {
+      require_size(options->struct_size, sizeof(cfmoe_engine_options), "cfmoe_engine_options");
+      engine.budget_bytes = options->budget_bytes;
+      engine.expert_percent = options->expert_percent;
+      engine.context_size = options->context_size;
+      engine.threads = options->threads;
+      if (options->io != nullptr) engine.io = options->io;
+      if (options->policy != nullptr) engine.policy = options->policy;
+      engine.log_events = options->log_events != 0;
+    }
+    *out = new cfmoe_engine(artifact, engine);
+  });
+}
+
+void cfmoe_engine_close(cfmoe_engine* engine) { delete engine; }
+
+void cfmoe_engine_model(const cfmoe_engine* engine, cfmoe_model_info* out) {
+  if (engine == nullptr || out == nullptr) return;
+  const cfmoe::ModelFacts& model = engine->engine.model();
+  *out = {static_cast<uint32_t>(model.vocab_size),
+          engine->engine.context_size(),
+          static_cast<uint32_t>(model.num_layers),
+          static_cast<uint32_t>(model.moe_layers.size()),
+          static_cast<uint32_t>(model.num_experts),
+          static_cast<uint32_t>(model.top_k),
+          static_cast<uint32_t>(engine->engine.chunk()),
+          engine->engine.experts().record_bytes};
+}
+
+void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out) {
+  if (engine == nullptr || out == nullptr) return;
+  const cfmoe::EngineMemory memory = engine->engine.memory();
+  const cfmoe::ExpertIndex& experts = engine->engine.experts();
+  *out = {memory.budget.budget_bytes,
+          memory.fixed.weights_bytes,
+          memory.fixed.kv_bytes,
+          memory.fixed.workspace_bytes,
+          memory.pool_bytes,
+          0,  // the arena borrows the pool's slots
+          memory.mapped_bytes,
+          static_cast<uint32_t>(memory.budget.slots),
+          static_cast<uint32_t>(experts.layers * experts.experts)};
+}
+
+const char* cfmoe_engine_io(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.io(); }
+const char* cfmoe_engine_policy(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.policy().c_str(); }
+const char* cfmoe_engine_warning(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.warning().c_str(); }
+
+cfmoe_status cfmoe_session_create(cfmoe_engine* engine, cfmoe_session** out, char* error, size_t error_size) {
+  if (out != nullptr) *out = nullptr;
+  return guarded(error, error_size, [&] {
+    require(engine != nullptr && out != nullptr, "engine or out is NULL");
+    *out = new cfmoe_session(engine);
+  });
+}
+
+void cfmoe_session_destroy(cfmoe_session* session) { delete session; }
+
+cfmoe_status cfmoe_session_reset(cfmoe_session* session, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(session != nullptr, "session is NULL");
+    session->session.reset();
+  });
+}
+
+uint32_t cfmoe_session_position(const cfmoe_session* session) { return session == nullptr ? 0 : session->session.position(); }
+
+cfmoe_status cfmoe_session_generate(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, uint32_t max_new_tokens,
+                                    const cfmoe_sampling* sampling, const int32_t* stop_tokens, uint32_t stop_token_count,
+                                    cfmoe_token_callback callback, void* user, int32_t* out_tokens, uint32_t* out_count,
+                                    char* error, size_t error_size) {
+  uint32_t count = 0;
+  const cfmoe_status status = guarded(error, error_size, [&] {
+    require(session != nullptr, "session is NULL");
+    cfmoe::SamplingOptions options;
+    if (sampling != nullptr) {
+      require_size(sampling->struct_size, sizeof(cfmoe_sampling), "cfmoe_sampling");
+      options = {sampling->temperature, sampling->top_k, sampling->top_p, sampling->repetition_penalty, sampling->seed};
+    }
+    std::span<const int32_t> stops = session->session.engine().model().eos_token_ids;
+    if (stop_tokens != nullptr) stops = {stop_tokens, stop_token_count};
+    session->session.generate(token_span(tokens, token_count), max_new_tokens, options, stops, [&](int32_t token) {
+      if (out_tokens != nullptr) out_tokens[count] = token;
+      ++count;
+      return callback == nullptr || callback(token, user) == 0;
+    });
+  });
+  if (out_count != nullptr) *out_count = count;
+  return status;
+}
+
+cfmoe_status cfmoe_session_feed(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, int decode, float* logits,
+                                char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(session != nullptr, "session is NULL");
+    session->session.feed(token_span(tokens, token_count), decode != 0, logits);
+  });
+}
+
+void cfmoe_session_cancel(cfmoe_session* session) {
+  if (session != nullptr) session->session.cancel();
+}
+
+void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out) {
+  if (session == nullptr || out == nullptr) return;
+  const cfmoe::SessionMetrics& metrics = session->session.metrics();
+  const cfmoe::ExpertCache& cache = session->session.engine().cache();
+  *out = {phase_metrics(metrics.prefill, cache.metrics(cfmoe::Phase::kPrefill)),
+          phase_metrics(metrics.decode, cache.metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits, metrics.first_32_accesses};
+}
+
+size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out, size_t capacity) {
+  if (session == nullptr || out == nullptr) return 0;
+  std::array<cfmoe::AccessEvent, 256> batch;
+  size_t count = 0;
+  while (count < capacity) {
+    const size_t got = session->session.take_events(std::span(batch).first(std::min(batch.size(), capacity - count)));
+    if (got == 0) break;
+    for (size_t i = 0; i < got; ++i) {
+      const cfmoe::AccessEvent& event = batch[i];
+      out[count++] = {static_cast<uint8_t>(event.phase), static_cast<uint8_t>(event.hit), static_cast<uint16_t>(event.key.layer),
+                      static_cast<uint32_t>(event.key.expert), event.position};
+    }
+  }
+  return count;
+}

@@ -1,0 +1,98 @@
+// The executor: argument arrays are built once; a run evaluates what depends on the tokens and calls kernel after kernel.
+#include "engine/executor.h"
+
+#include <string>
+
+#include "engine/dl_tensor.h"
+#include "error.h"
+
+namespace cfmoe {
+
+BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const ProgramMemory& memory, const ProgramServices& services)
+    : phase_(phase), services_(services), values_{1, 0, memory.context} {
+  size_t dimensions = 0, arguments = 0;
+  for (const PlanBuffer& buffer : program.buffers) dimensions += buffer.shape.size();
+  for (const PlanStep& step : program.steps) arguments += step.arguments.size();
+  // Sized once: kernels are given addresses inside.
+  shapes_.resize(dimensions);
+  arguments_.resize(arguments);
+  tensors_.resize(program.buffers.size());
+  int64_t* shape = shapes_.data();
+  for (size_t i = 0; i < program.buffers.size(); ++i) {
+    const PlanBuffer& buffer = program.buffers[i];
+    tensors_[i] = make_tensor(locate(buffer, memory), to_dl_dtype(buffer.dtype), static_cast<int32_t>(buffer.shape.size()), shape);
+    for (const Expression& dimension : buffer.shape) bind(dimension, shape++);
+  }
+  const auto tensor = [this](int32_t index) { return index < 0 ? nullptr : &tensors_[index]; };
+  TVMFFIAny* argument = arguments_.data();
+  for (const PlanStep& plan : program.steps) {
+    Step& step = steps_.emplace_back();
+    step.op = plan.op;
+    step.layer = plan.layer;
+    step.ids = tensor(plan.ids);
+    step.logits = tensor(plan.logits);
+    step.weights = tensor(plan.weights);
+    step.activation = tensor(plan.activation);
+    step.rows = tensor(plan.rows);
+    step.scratch = tensor(plan.scratch);
+    if (plan.op != StepOp::kCall) continue;
+    step.kernel = services_.kernels->get(plan.kernel);
+    step.arguments = argument;
+    step.argument_count = static_cast<int32_t>(plan.arguments.size());
+    for (const PlanArgument& in : plan.arguments) {
+      *argument = in.buffer >= 0 ? tensor_argument(&tensors_[in.buffer]) : integer_argument(0);
+      if (in.buffer < 0) bind(in.scalar, &argument->v_int64);
+      ++argument;
+    }
+  }
+  output_ = &tensors_[program.output];
+}
+
+void* BoundProgram::locate(const PlanBuffer& buffer, const ProgramMemory& memory) const {
+  switch (buffer.kind) {
+    case BufferKind::kInput: return memory.input;
+    case BufferKind::kWeight: return memory.weights[buffer.weight];
+    case BufferKind::kWorkspace: return memory.workspace + buffer.offset;
+    case BufferKind::kKCache:
+    case BufferKind::kVCache: break;
+  }
+  const bool k = buffer.kind == BufferKind::kKCache;
+  if (tensor_bytes(buffer.dtype, buffer.shape, values_) > (k ? memory.kv->k_bytes() : memory.kv->v_bytes())) {
+    throw Error("plan.json: a buffer of layer " + std::to_string(buffer.layer) +
+                " is larger than that layer's KV cache; compile the artifact again");
+  }
+  return k ? memory.kv->k(buffer.layer) : memory.kv->v(buffer.layer);
+}
+
+void BoundProgram::bind(const Expression& expression, int64_t* target) {
+  *target = expression.evaluate(values_);
+  if (expression.fixed()) return;
+  (expression.uses(Expression::Op::kPosition) ? by_position_ : by_n_).emplace_back(target, expression);
+}
+
+void BoundProgram::run(int64_t n, int64_t position) {
+  const bool n_changed = values_.n != n;
+  values_.n = n;
+  values_.position = position;
+  if (n_changed) {
+    for (const auto& [target, expression] : by_n_) *target = expression.evaluate(values_);
+  }
+  for (const auto& [target, expression] : by_position_) *target = expression.evaluate(values_);
+  for (const Step& step : steps_) {
+    if (step.op == StepOp::kCall) {
+      step.kernel(step.arguments, step.argument_count);
+    } else if (step.op == StepOp::kRoute) {
+      services_.router->route(static_cast<const float*>(step.logits->data), n, step.logits->shape[1],
+                              static_cast<int32_t*>(step.ids->data), static_cast<float*>(step.weights->data));
+    } else {
+      const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows, step.scratch};
+      if (phase_ == Phase::kPrefill) {
+        services_.experts->prefill(step.layer, tensors, n, static_cast<uint64_t>(position), *services_.cancelled);
+      } else {
+        services_.experts->decode(step.layer, tensors, static_cast<uint64_t>(position));
+      }
+    }
+  }
+}
+
+}  // namespace cfmoe

@@ -1,0 +1,57 @@
+// The router: scores in fp32, top-k by insertion.
+#include "engine/router.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace cfmoe {
+
+Router::Router(const RouterOptions& options) : options_(options), scores_(static_cast<size_t>(options.experts)) {}
+
+void Router::score(const float* logits) {
+  const int32_t experts = options_.experts;
+  if (options_.sigmoid) {
+    for (int32_t e = 0; e < experts; ++e) scores_[e] = 1.0F / (1.0F + std::exp(-logits[e]));
+  } else {
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int32_t e = 0; e < experts; ++e) largest = logits[e] > largest ? logits[e] : largest;
+    float sum = 0.0F;
+    for (int32_t e = 0; e < experts; ++e) {
+      scores_[e] = std::exp(logits[e] - largest);
+      if (!std::isnan(scores_[e])) sum += scores_[e];
+    }
+    for (int32_t e = 0; e < experts; ++e) scores_[e] /= sum;
+  }
+  for (float& value : scores_) {
+    if (std::isnan(value)) value = -1.0F;
+  }
+}
+
+void Router::route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights) {
+  const int32_t top_k = options_.top_k;
+  for (int64_t t = 0; t < n; ++t, ids += top_k, weights += top_k) {
+    score(logits + t * stride);
+    int32_t filled = 0;
+    for (int32_t e = 0; e < options_.experts; ++e) {
+      const float value = scores_[e];
+      if (filled == top_k && !(value > weights[top_k - 1])) continue;
+      int32_t place = filled < top_k ? filled++ : top_k - 1;
+      for (; place > 0 && value > weights[place - 1]; --place) {
+        weights[place] = weights[place - 1];
+        ids[place] = ids[place - 1];
+      }
+      weights[place] = value;
+      ids[place] = e;
+    }
+    float factor = options_.scale;
+    if (options_.renormalise) {
+      float sum = 0.0F;
+      for (int32_t k = 0; k < top_k; ++k) sum += weights[k];
+      factor /= sum;
+    }
+    for (int32_t k = 0; k < top_k; ++k) weights[k] *= factor;
+  }
+}
+
+}  // namespace cfmoe

@@ -1,0 +1,148 @@
+// The thread pool: workers spin for a moment between two parallel loops, then sleep.
+#include "engine/thread_pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <set>
+#include <string>
+#include <utility>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace cfmoe {
+namespace {
+
+// Longer than the serial work between two kernels of a token, far shorter than a read from storage.
+constexpr int64_t kSpinNs = 40'000;
+
+thread_local bool inside_task = false;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int32_t usable_cpus(std::vector<int32_t>* cpus) {
+#if defined(__linux__)
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) {
+    for (int32_t cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &mask)) cpus->push_back(cpu);
+    }
+    if (!cpus->empty()) return static_cast<int32_t>(cpus->size());
+  }
+#endif
+  return std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
+}
+
+// Waits until `value` differs from `old`.
+void wait_for_change(std::atomic<int>& value, int old, int64_t spin_ns) {
+  if (spin_ns > 0) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(spin_ns);
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause_cpu();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+int32_t physical_cores() {
+  std::vector<int32_t> cpus;
+  const int32_t logical = usable_cpus(&cpus);
+  std::set<std::pair<int, int>> cores;
+  for (int32_t cpu : cpus) {
+    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+    int package = 0, core = 0;
+    if (!(std::ifstream(topology + "physical_package_id") >> package) || !(std::ifstream(topology + "core_id") >> core)) {
+      return logical;
+    }
+    cores.insert({package, core});
+  }
+  return cores.empty() ? logical : static_cast<int32_t>(cores.size());
+}
+
+ThreadPool::ThreadPool(int32_t threads) : size_(threads > 0 ? threads : physical_cores()) {
+  std::vector<int32_t> cpus;
+  // A spinning thread that shares its CPU with the one it waits for only delays it.
+  spin_ns_ = usable_cpus(&cpus) >= size_ ? kSpinNs : 0;
+  workers_ = std::make_unique<Worker[]>(static_cast<size_t>(size_));
+  for (int32_t i = 1; i < size_; ++i) workers_[i].thread = std::thread([this, i] { work(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  for (int32_t i = 1; i < size_; ++i) workers_[i].thread.join();
+}
+
+bool ThreadPool::concurrent() const { return size_ > 1 && !inside_task && !busy_.load(std::memory_order_relaxed); }
+
+void ThreadPool::work(int32_t index) {
+  inside_task = true;
+  int seen = 0;
+  for (;;) {
+    wait_for_change(generation_, seen, spin_ns_);
+    // A round starts only when every worker has ended the one before, so none can be missed.
+    seen = static_cast<int>(static_cast<unsigned>(seen) + 1);
+    if (stop_) return;
+    run_share(index);
+    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+  }
+}
+
+void ThreadPool::run_share(int32_t index) {
+  Worker& self = workers_[index];
+  self.result = 0;
+  try {
+    for (int32_t i = index; i < num_tasks_ && self.result == 0; i += size_) self.result = task_(i, data_);
+  } catch (...) {
+    self.exception = std::current_exception();
+  }
+}
+
+int ThreadPool::run(int32_t num_tasks, Task task, void* data) {
+  if (num_tasks <= 0) return 0;
+  if (num_tasks == 1 || size_ == 1 || inside_task || busy_.exchange(true, std::memory_order_acquire)) {
+    for (int32_t i = 0; i < num_tasks; ++i) {
+      if (const int result = task(i, data)) return result;
+    }
+    return 0;
+  }
+  num_tasks_ = num_tasks;
+  task_ = task;
+  data_ = data;
+  pending_.store(size_ - 1, std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  inside_task = true;
+  run_share(0);
+  inside_task = false;
+  for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire)) {
+    wait_for_change(pending_, left, spin_ns_);
+  }
+  int result = 0;
+  std::exception_ptr exception;
+  for (int32_t i = 0; i < size_; ++i) {
+    if (!exception && workers_[i].exception) exception = workers_[i].exception;
+    workers_[i].exception = nullptr;
+    if (result == 0) result = workers_[i].result;
+  }
+  busy_.store(false, std::memory_order_release);
+  if (exception) std::rethrow_exception(exception);
+  return result;
+}
+
+}  // namespace cfmoe

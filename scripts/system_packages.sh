@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Sees that the compiler, doctest and Python's venv module are there; as root on Debian or Ubuntu installs what is missing.
+# Run as: scripts/system_packages.sh PYTHON
+set -euo pipefail
+python=${1:?the Python interpreter}
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "error: $python is not Python 3.11 or newer; install one and run make PYTHON=/path/to/python3" >&2
+  exit 1
+fi
+
+missing=()
+command -v g++ >/dev/null || missing+=(g++)
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  missing+=("$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')")
+[ -e /usr/include/doctest/doctest.h ] || [ -e /usr/local/include/doctest/doctest.h ] ||
+  [ -n "${DOCTEST_INCLUDE:-}" ] || missing+=(doctest-dev)
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "installing ${missing[*]}"
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+else
+  echo "error: missing system packages: ${missing[*]}; on Debian or Ubuntu run: sudo apt-get install ${missing[*]}" >&2
+  exit 1
+fi
