@@ -282,9 +282,7 @@ def _parse_target(name: str, fields: Fields) -> Target:
 def _parse_file(name: str, fields: Fields) -> FileEntry:
     if not is_inside(name):
         raise CFMoEError(f"{fields.path}: files names {name!r}, which is not inside the artifact; {_RECOMPILE}")
-    return FileEntry(
-        size=fields.integer("size", 0, _SIZE), sha256=fields.hex("sha256", 64), xxh3_64=fields.hex("xxh3_64", 16)
-    )
+    return FileEntry(size=fields.integer("size", 0, _SIZE), sha256=fields.hex("sha256", 64), xxh3_64=fields.hex("xxh3_64", 16))
 
 
 def _check_size(path: Path, entry: FileEntry) -> None:
@@ -294,9 +292,7 @@ def _check_size(path: Path, entry: FileEntry) -> None:
         raise os_error(error, path, "read") from error
     if size != entry.size:
         what = "was cut short" if size < entry.size else "is too long"
-        raise CFMoEError(
-            f"{path} {what}: {size} bytes, {MANIFEST} says {entry.size}; copy the artifact again or {_RECOMPILE}"
-        )
+        raise CFMoEError(f"{path} {what}: {size} bytes, {MANIFEST} says {entry.size}; copy the artifact again or {_RECOMPILE}")
 
 
 def _parse_index(path: Path, manifest: Manifest) -> Index:

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -54,12 +54,10 @@ class ArtifactWriter:
         self._experts: dict[str, Any] | None = None
         self._streams: dict[str, _Stream] = {}
 
-    def __enter__(self) -> ArtifactWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._finished:
             return
         for stream in self._streams.values():
@@ -90,9 +88,7 @@ class ArtifactWriter:
         )
         stream.write(data)
 
-    def set_expert_layout(
-        self, format: str, layers: int, experts: int, record_bytes: int, sections: dict[str, tuple[int, int]]
-    ) -> None:
+    def set_expert_layout(self, format: str, layers: int, experts: int, record_bytes: int, sections: dict[str, tuple[int, int]]) -> None:
         """Declares the records before the first `add_expert`. `sections` maps gate_up and down to (offset, size) in bytes."""
         if self._experts is not None:
             raise ValueError("the expert layout was set twice")
@@ -252,7 +248,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _read(reader: BinaryIO, source: Path) -> bytes:

@@ -66,19 +66,3 @@ def split_integers(values: list[str], option: str, low: int, high: int) -> list[
             raise CFMoEError(f"{option} {item} is not an integer between {low} and {high}")
         numbers.append(int(item))
     return numbers
-
-
-def format_bytes(count: float) -> str:
-    """`count` bytes for people: 1,023 B, 27.0 KiB, 1.50 GiB."""
-    if count < 1024:
-        return f"{count:,.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024 or unit == "GiB":
-            break
-    return f"{count:,.{0 if count >= 100 else 1 if count >= 10 else 2}f} {unit}"
-
-
-def format_optional(value: float | None, form: str = ",.1f") -> str:
-    """`value` in the given form, or a dash where there is none."""
-    return "–" if value is None else format(value, form)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, format_bytes, print_json, progress_bar, split_list
+from cfmoe.cli._common import ForceOption, JsonOption, print_json, progress_bar, split_list
 from cfmoe.errors import CFMoEError
 
 
@@ -30,7 +30,9 @@ def compile_command(
         Quant,
         typer.Option("--quant", help="mixed: experts in 4 bits, the rest in 8. q4: attention in 4 bits too. q8, f16, f32: everything."),
     ] = Quant.mixed,
-    context_size: Annotated[int | None, typer.Option("--context-size", min=16, help="Longest context in tokens. [default: the model's]")] = None,
+    context_size: Annotated[
+        int | None, typer.Option("--context-size", min=16, help="Longest context in tokens. [default: the model's]")
+    ] = None,
     prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", min=1, help="Tokens that prefill handles at once.")] = 256,
     dump_ir: Annotated[Path | None, typer.Option("--dump-ir", help="Write the IR after every phase into this directory.")] = None,
     force: ForceOption = False,
@@ -44,6 +46,7 @@ def compile_command(
     except ImportError as error:
         raise CFMoEError(f"the compiler's packages are missing ({error}); install cfmoe[compile]") from error
     from cfmoe.artifact import Artifact
+    from cfmoe.runtime import format_size
 
     start = time.monotonic()
     with progress_bar() as progress:
@@ -73,4 +76,4 @@ def compile_command(
             }
         )
     else:
-        print(f"{path}: {format_bytes(total)}, {quant.value}, {', '.join(sorted(artifact.manifest.targets))}, in {seconds:.1f} s")
+        print(f"{path}: {format_size(total)}, {quant.value}, {', '.join(sorted(artifact.manifest.targets))}, in {seconds:.1f} s")

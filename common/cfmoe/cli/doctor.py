@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cfmoe.cli._common import JsonOption, facts_table, format_bytes, print_json, progress_bar, stdout
+from cfmoe.cli._common import JsonOption, facts_table, print_json, progress_bar, stdout
 
 
 def doctor(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure the read bandwidth of memory and of this directory's storage.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the read bandwidth of memory and of this directory's storage.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what this machine can do: CPU features, memory, tools, packages, drivers, bandwidths."""
@@ -44,12 +46,14 @@ def _measure(cpus: int) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
+    from cfmoe.runtime import format_size
+
     cpu, memory = facts["cpu"], facts["memory"]
     machine = [
         ("system", facts["os"]),
         ("CPU", f"{cpu['name']} ({cpu['arch']}), {cpu['physical_cores']} cores, {cpu['usable_cpus']} usable CPUs"),
         ("features", " ".join(cpu["features"]) or "none that kernels are chosen by"),
-        ("memory", ", ".join(f"{format_bytes(size)} {name.removesuffix('_bytes')}" for name, size in memory.items() if size is not None)),
+        ("memory", ", ".join(f"{format_size(size)} {name.removesuffix('_bytes')}" for name, size in memory.items() if size is not None)),
         ("Python", facts["python"]),
     ]
     if "bandwidth" in facts:
@@ -66,7 +70,9 @@ def _print(facts: dict[str, Any]) -> None:
     stdout.print()
     stdout.print(facts_table("Drivers", [(name, _driver(found)) for name, found in facts["drivers"].items()]))
     stdout.print()
-    stdout.print(facts_table("Ready to", [(use, "yes" if not gap else f"no: install cfmoe[{use}]") for use, gap in facts["missing"].items()]))
+    stdout.print(
+        facts_table("Ready to", [(use, "yes" if not gap else f"no: install cfmoe[{use}]") for use, gap in facts["missing"].items()])
+    )
 
 
 def _driver(found: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cfmoe.cli._common import JsonOption, facts_table, format_bytes, print_json, progress_bar, stdout
+from cfmoe.cli._common import JsonOption, facts_table, print_json, progress_bar, stdout
 
 if TYPE_CHECKING:
     from cfmoe.artifact import Artifact
@@ -74,6 +74,8 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
 
 
 def _print(artifact: Artifact, verified: int | None) -> None:
+    from cfmoe.runtime import format_size
+
     manifest, experts, model = artifact.manifest, artifact.index.experts, artifact.manifest.model
     classes = ", ".join(f"{name} {kind}" for name, kind in manifest.quantisation_classes.items())
     stdout.print(
@@ -90,7 +92,7 @@ def _print(artifact: Artifact, verified: int | None) -> None:
                 ("quantisation", f"{manifest.quantisation_preset}: {classes}; KV cache {manifest.kv_dtype}"),
                 (
                     "expert record",
-                    f"{experts.format}, {format_bytes(experts.record_bytes)}, {format_bytes(experts.record_stride)} with padding",
+                    f"{experts.format}, {format_size(experts.record_bytes)}, {format_size(experts.record_stride)} with padding",
                 ),
             ],
         )
@@ -100,8 +102,8 @@ def _print(artifact: Artifact, verified: int | None) -> None:
     stdout.print(facts_table("Targets", rows))
     stdout.print()
     sizes = _sizes(artifact)
-    stdout.print(facts_table("Sizes", [(name, f"{format_bytes(size):>10}  {size / sizes['total']:5.1%}") for name, size in sizes.items()]))
+    stdout.print(facts_table("Sizes", [(name, f"{format_size(size):>10}  {size / sizes['total']:5.1%}") for name, size in sizes.items()]))
     stdout.print()
     stdout.print(facts_table("Provenance", list(manifest.provenance.items())))
     if verified is not None:
-        stdout.print(f"\nverified: {format_bytes(verified)} in {len(manifest.files)} files match their SHA-256")
+        stdout.print(f"\nverified: {format_size(verified)} in {len(manifest.files)} files match their SHA-256")

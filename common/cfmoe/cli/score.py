@@ -13,8 +13,12 @@ from cfmoe.errors import CFMoEError
 
 def score(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)],
-    data: Annotated[Path, typer.Option("--data", help="Text to score: .txt, .jsonl with a field \"text\", or .xz of these.", show_default=False)],
-    max_bytes: Annotated[str | None, typer.Option("--max-bytes", help="Score the first so many bytes of the text, 64KiB for instance.")] = None,
+    data: Annotated[
+        Path, typer.Option("--data", help='Text to score: .txt, .jsonl with a field "text", or .xz of these.', show_default=False)
+    ],
+    max_bytes: Annotated[
+        str | None, typer.Option("--max-bytes", help="Score the first so many bytes of the text, 64KiB for instance.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window; each starts from an empty context.")] = 512,
     memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="As for run.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: one per physical core]")] = None,
@@ -26,16 +30,13 @@ def score(
     from cfmoe.artifact import Artifact
     from cfmoe.measure.perplexity import perplexity
     from cfmoe.measure.text import read_text
-    from cfmoe.runtime.engine import Engine
-    from cfmoe.runtime.size import parse_size
-    from cfmoe.runtime.tokenizer import Tokenizer
+    from cfmoe.runtime import Engine, Tokenizer, parse_size
 
     context = Artifact.open(artifact).manifest.model.context_size
     if window > context:
         raise CFMoEError(f"--window {window} is longer than the artifact's context of {context} tokens; use at most {context}")
     text = read_text(data, None if max_bytes is None else parse_size(max_bytes))
-    tokenizer = Tokenizer(artifact)
-    ids = tokenizer.encode(text)
+    ids = Tokenizer(artifact).encode(text)
     start = time.monotonic()
     with Engine(artifact, memory_budget=memory_budget, context_size=window, threads=threads) as engine, progress_bar() as progress:
         result = perplexity(engine.session(), ids, window, engine.model.prefill_chunk, progress)

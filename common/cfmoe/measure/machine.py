@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 # The features that kernels are chosen by, as /proc/cpuinfo spells them.
-_KERNEL_FEATURES = (
-    "sse4_1 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_int8 "
-    "neon asimd asimdhp asimddp i8mm bf16 sve sve2 sme"
-).split()
+_KERNEL_FEATURES = {
+    *("sse4_1", "avx", "f16c", "fma", "avx2", "avx_vnni", "amx_int8"),
+    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+}
 
 _TOOLS = ("g++", "clang++", "cmake", "ninja", "clang-format", "glslangValidator", "spirv-opt", "adb", "java")
 
@@ -53,7 +54,7 @@ def cpu() -> dict[str, Any]:
         "arch": platform.machine(),
         "physical_cores": physical_cores(),
         "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "features": [name for name in _KERNEL_FEATURES if name in flags],
+        "features": sorted(_KERNEL_FEATURES & flags),
     }
 
 

@@ -32,7 +32,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return math.exp(self.nll)
 
 
 def perplexity(

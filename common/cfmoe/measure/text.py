@@ -19,9 +19,7 @@ def decode_utf8(data: bytes, where: Path | str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CFMoEError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it to UTF-8"
-        ) from error
+        raise CFMoEError(f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it to UTF-8") from error
 
 
 def read_text(path: Path, max_bytes: int | None = None) -> str:
@@ -76,5 +74,5 @@ def _documents(file: BinaryIO | lzma.LZMAFile, path: Path) -> Iterator[str]:
             raise CFMoEError(f"{path} line {number} is not JSON: {error}; mend the line") from error
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise CFMoEError(f"{path} line {number} has no field \"text\" that is a text; mend the line")
+            raise CFMoEError(f'{path} line {number} has no field "text" that is a text; mend the line')
         yield text

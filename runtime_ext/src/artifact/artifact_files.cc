@@ -20,14 +20,17 @@ constexpr uint64_t kMaxWholeFile = uint64_t{1} << 30;
 std::string read_whole(const FileHandle& file, uint64_t size) {
   std::string text(size, '\0');
   uint64_t got = file.read_at(0, text.data(), size);
-  if (got != size) throw Error(file.path() + ": the file ends after " + std::to_string(got) + " of " + std::to_string(size) + " bytes");
+  if (got != size)
+    throw Error(file.path() + ": the file ends after " + std::to_string(got) + " of " + std::to_string(size) +
+                " bytes");
   return text;
 }
 
 const FileEntry& entry_of(const std::string& directory, const Manifest& manifest, const std::string& relative) {
   auto it = manifest.files.find(relative);
   if (it == manifest.files.end()) {
-    throw Error(directory + "/" + relative + ": the manifest does not list this file; compile the artifact again with cfmoe compile");
+    throw Error(directory + "/" + relative +
+                ": the manifest does not list this file; compile the artifact again with cfmoe compile");
   }
   return it->second;
 }
@@ -35,8 +38,8 @@ const FileEntry& entry_of(const std::string& directory, const Manifest& manifest
 void check_size(const FileHandle& file, const FileEntry& entry) {
   uint64_t size = file.size();
   if (size == entry.size) return;
-  throw Error(file.path() + ": has " + std::to_string(size) + " bytes, the manifest says " + std::to_string(entry.size) +
-              "; copy the artifact again or compile it again with cfmoe compile");
+  throw Error(file.path() + ": has " + std::to_string(size) + " bytes, the manifest says " +
+              std::to_string(entry.size) + "; copy the artifact again or compile it again with cfmoe compile");
 }
 
 void check_agreement(const Artifact& artifact) {
@@ -44,8 +47,8 @@ void check_agreement(const Artifact& artifact) {
   const ModelFacts& model = artifact.manifest.model;
   if (static_cast<size_t>(experts.layers) == model.moe_layers.size() && experts.experts == model.num_experts) return;
   throw Error(artifact.path_of("index.json") + ": describes " + std::to_string(experts.layers) + " layers of " +
-              std::to_string(experts.experts) + " experts, the manifest " + std::to_string(model.moe_layers.size()) + " of " +
-              std::to_string(model.num_experts) + "; compile the artifact again with cfmoe compile");
+              std::to_string(experts.experts) + " experts, the manifest " + std::to_string(model.moe_layers.size()) +
+              " of " + std::to_string(model.num_experts) + "; compile the artifact again with cfmoe compile");
 }
 
 }  // namespace
@@ -60,7 +63,8 @@ std::string read_verified(const std::string& directory, const Manifest& manifest
   const FileEntry& entry = entry_of(directory, manifest, relative);
   FileHandle file = FileHandle::open(directory + "/" + relative);
   check_size(file, entry);
-  if (entry.size > kMaxWholeFile) throw Error(file.path() + ": has " + std::to_string(entry.size) + " bytes, more than is read at once");
+  if (entry.size > kMaxWholeFile)
+    throw Error(file.path() + ": has " + std::to_string(entry.size) + " bytes, more than is read at once");
   std::string text = read_whole(file, entry.size);
   uint64_t digest = xxh3_64(text);
   if (digest != entry.xxh3_64) {
@@ -79,7 +83,8 @@ Artifact open_artifact(const std::string& directory) {
   artifact.directory = directory;
   std::string path = artifact.path_of(kManifest);
   if (::stat(path.c_str(), &facts) != 0) {
-    throw Error(directory + ": has no manifest.json, so it is not an artifact; give the directory that cfmoe compile wrote");
+    throw Error(directory +
+                ": has no manifest.json, so it is not an artifact; give the directory that cfmoe compile wrote");
   }
   FileHandle file = FileHandle::open(path);
   uint64_t size = file.size();
@@ -88,8 +93,8 @@ Artifact open_artifact(const std::string& directory) {
   artifact.target = pick_cpu_target(artifact.manifest, path, host_cpu());
   uint64_t weights_size = check_file_size(directory, artifact.manifest, "weights.bin");
   uint64_t experts_size = check_file_size(directory, artifact.manifest, "experts.bin");
-  artifact.index = parse_index(read_verified(directory, artifact.manifest, "index.json"), artifact.path_of("index.json"),
-                               weights_size, experts_size);
+  artifact.index = parse_index(read_verified(directory, artifact.manifest, "index.json"),
+                               artifact.path_of("index.json"), weights_size, experts_size);
   check_agreement(artifact);
   check_file_size(directory, artifact.manifest, artifact.target.library);
   check_file_size(directory, artifact.manifest, artifact.target.plan);

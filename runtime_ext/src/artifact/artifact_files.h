@@ -18,8 +18,8 @@ struct Artifact {
   std::string path_of(const std::string& relative) const { return directory + "/" + relative; }
 };
 
-// Throws cfmoe::Error naming the file, the reason and the remedy. The sizes of weights.bin and experts.bin are checked here, their digests when
-// they are read.
+// Throws cfmoe::Error naming the file, the reason and the remedy. The sizes of weights.bin and experts.bin are checked
+// here, their digests when they are read.
 Artifact open_artifact(const std::string& directory);
 
 // The bytes of `relative`, which the manifest must list; size and digest are checked.

@@ -35,7 +35,8 @@ CpuFacts host_cpu() {
   add(__builtin_cpu_supports("avx512vl"), "avx512vl");
   add(__builtin_cpu_supports("avx512cd"), "avx512cd");
   add(__builtin_cpu_supports("avx512vnni"), "avx512vnni");
-  // Not every compiler's __builtin_cpu_supports knows f16c; its registers are AVX's, so AVX's check covers the operating system.
+  // Not every compiler's __builtin_cpu_supports knows f16c; its registers are AVX's, so AVX's check covers the
+  // operating system.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   add(__builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0, "f16c");
   return cpu;
@@ -98,8 +99,8 @@ const TargetEntry& pick_cpu_target(const Manifest& manifest, const std::string& 
     for (size_t i = 0; i < missing.size(); ++i) reasons += (i == 0 ? "" : ", ") + missing[i];
   }
   if (best != nullptr) return *best;
-  throw Error(path + ": no target of this artifact runs on this " + cpu.arch + " CPU: " +
-              (reasons.empty() ? "it has none for a CPU" : reasons) +
+  throw Error(path + ": no target of this artifact runs on this " + cpu.arch +
+              " CPU: " + (reasons.empty() ? "it has none for a CPU" : reasons) +
               "; compile the model on this machine, or with cfmoe compile --target for this CPU");
 }
 

@@ -19,7 +19,8 @@ CpuFacts host_cpu();
 // What `target` needs and `cpu` lacks, as text for a message; empty if it runs here.
 std::vector<std::string> missing_for(const TargetEntry& target, const CpuFacts& cpu);
 
-// The CPU target that asks for the most of what `cpu` has. Throws cfmoe::Error naming what is missing if none runs here.
+// The CPU target that asks for the most of what `cpu` has. Throws cfmoe::Error naming what is missing if none runs
+// here.
 const TargetEntry& pick_cpu_target(const Manifest& manifest, const std::string& path, const CpuFacts& cpu);
 
 }  // namespace cfmoe

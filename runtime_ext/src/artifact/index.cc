@@ -57,7 +57,8 @@ ExpertIndex parse_experts(const JsonValue& value, uint64_t experts_size) {
   index.experts = value.at("experts").int32(1, 1 << 14);
   index.record_bytes = value.at("record_bytes").size_value(kMaxRecord);
   index.record_stride = value.at("record_stride").size_value(kMaxRecord);
-  if (index.record_bytes == 0 || index.record_bytes % 4 != 0) value.at("record_bytes").fail("is not a positive multiple of 4");
+  if (index.record_bytes == 0 || index.record_bytes % 4 != 0)
+    value.at("record_bytes").fail("is not a positive multiple of 4");
   if (index.record_stride % kRecordAlignment != 0) value.at("record_stride").fail("is not a multiple of 16384");
   if (index.record_stride < index.record_bytes || index.record_stride - index.record_bytes >= kRecordAlignment) {
     value.at("record_stride").fail("is not record_bytes rounded up to 16384");
@@ -89,7 +90,8 @@ ExpertIndex parse_experts(const JsonValue& value, uint64_t experts_size) {
 
 }  // namespace
 
-ArtifactIndex parse_index(std::string_view text, const std::string& path, uint64_t weights_size, uint64_t experts_size) {
+ArtifactIndex parse_index(std::string_view text, const std::string& path, uint64_t weights_size,
+                          uint64_t experts_size) {
   JsonValue root = JsonValue::parse(text, path, kRemedy);
   root.at("version").integer(1, 1);
   ArtifactIndex index;
@@ -100,7 +102,8 @@ ArtifactIndex parse_index(std::string_view text, const std::string& path, uint64
   std::set<std::string> names;
   for (const JsonValue& entry : weights.elements(kMaxTensors)) {
     index.weights.push_back(parse_tensor(entry, weights_size));
-    if (!names.insert(index.weights.back().name).second) entry.fail("the name \"" + index.weights.back().name + "\" appears twice");
+    if (!names.insert(index.weights.back().name).second)
+      entry.fail("the name \"" + index.weights.back().name + "\" appears twice");
   }
   index.experts = parse_experts(root.at("experts"), experts_size);
   return index;

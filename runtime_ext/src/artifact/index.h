@@ -33,7 +33,8 @@ struct ArtifactIndex {
   ExpertIndex experts;
 };
 
-// Parses and bounds every number against the sizes of weights.bin and experts.bin; throws cfmoe::Error naming `path` and the field.
+// Parses and bounds every number against the sizes of weights.bin and experts.bin; throws cfmoe::Error naming `path`
+// and the field.
 ArtifactIndex parse_index(std::string_view text, const std::string& path, uint64_t weights_size, uint64_t experts_size);
 
 }  // namespace cfmoe

@@ -18,7 +18,8 @@ constexpr size_t kMaxStringBytes = 4096;
 
 std::string describe(const ffi::Any& value) {
   if (value.type_index() == ffi::TypeIndex::kTVMFFINone) return "null";
-  if (auto number = value.as<int64_t>(); value.type_index() == ffi::TypeIndex::kTVMFFIInt) return std::to_string(*number);
+  if (auto number = value.as<int64_t>(); value.type_index() == ffi::TypeIndex::kTVMFFIInt)
+    return std::to_string(*number);
   if (value.type_index() == ffi::TypeIndex::kTVMFFIBool) return "a boolean";
   if (value.type_index() == ffi::TypeIndex::kTVMFFIFloat) return "the number " + std::to_string(value.cast<double>());
   if (value.as<ffi::String>()) return "a string";
@@ -61,10 +62,12 @@ int32_t nesting_depth(std::string_view text) {
 JsonValue::JsonValue(ffi::Any value, std::shared_ptr<const Source> source, std::string path)
     : value_(std::move(value)), source_(std::move(source)), path_(std::move(path)) {}
 
-JsonValue JsonValue::parse(std::string_view text, const std::string& file, const std::string& remedy, JsonLimits limits) {
+JsonValue JsonValue::parse(std::string_view text, const std::string& file, const std::string& remedy,
+                           JsonLimits limits) {
   JsonValue root(ffi::Any(), std::make_shared<const Source>(Source{file, remedy}), "");
   if (text.size() > limits.bytes) {
-    root.fail("has " + std::to_string(text.size()) + " bytes, more than the " + std::to_string(limits.bytes) + " that are read");
+    root.fail("has " + std::to_string(text.size()) + " bytes, more than the " + std::to_string(limits.bytes) +
+              " that are read");
   }
   if (text.find('\0') != std::string_view::npos) root.fail("not valid JSON: it contains a zero byte");
   if (nesting_depth(text) > limits.depth) {
@@ -158,7 +161,8 @@ uint64_t JsonValue::digest() const {
 size_t JsonValue::array_size(size_t max) const {
   auto array = value_.as<ffi::json::Array>();
   if (!array) fail("is " + describe(value_) + ", expected a list");
-  if (array->size() > max) fail("has " + std::to_string(array->size()) + " elements, at most " + std::to_string(max) + " are read");
+  if (array->size() > max)
+    fail("has " + std::to_string(array->size()) + " elements, at most " + std::to_string(max) + " are read");
   return array->size();
 }
 

@@ -1,4 +1,5 @@
-// Checked access to JSON that came from a file: every mistake becomes a cfmoe::Error naming the file, the field and the reason.
+// Checked access to JSON that came from a file: every mistake becomes a cfmoe::Error naming the file, the field and the
+// reason.
 #pragma once
 
 #include <tvm/ffi/any.h>
@@ -23,7 +24,8 @@ struct JsonLimits {
 class JsonValue {
  public:
   // `file` is what messages call the text, `remedy` ends them.
-  static JsonValue parse(std::string_view text, const std::string& file, const std::string& remedy = "", JsonLimits limits = {});
+  static JsonValue parse(std::string_view text, const std::string& file, const std::string& remedy = "",
+                         JsonLimits limits = {});
 
   bool is_null() const;
   bool is_integer() const;
@@ -31,7 +33,8 @@ class JsonValue {
   bool is_array() const;
   bool is_object() const;
 
-  // Each throws unless the value is of that type and within the bounds. A number with a fraction or an exponent is no integer.
+  // Each throws unless the value is of that type and within the bounds. A number with a fraction or an exponent is no
+  // integer.
   int64_t integer(int64_t min, int64_t max) const;
   int32_t int32(int32_t min, int32_t max = std::numeric_limits<int32_t>::max()) const;
   // Not negative, below 2^63.

@@ -44,17 +44,20 @@ void check_version(const JsonValue& root) {
   }
 }
 
-// A manifest of another version may be sealed in another way, so a broken seal is reported only where the version is ours.
+// A manifest of another version may be sealed in another way, so a broken seal is reported only where the version is
+// ours.
 void check_seal(std::string_view text, const std::string& path) {
   if (is_sealed(text)) return;
   std::optional<JsonValue> root;
   try {
     root = JsonValue::parse(text, path, kRemedy);
   } catch (const Error&) {
-    throw Error(path + ": the file is damaged or cut short (its own digest differs); copy the artifact again or " + kRemedy);
+    throw Error(path + ": the file is damaged or cut short (its own digest differs); copy the artifact again or " +
+                kRemedy);
   }
   check_version(*root);
-  throw Error(path + ": the file was changed after it was written (its own digest differs); copy the artifact again or " +
+  throw Error(path +
+              ": the file was changed after it was written (its own digest differs); copy the artifact again or " +
               kRemedy);
 }
 
@@ -101,7 +104,8 @@ ModelFacts parse_model(const JsonValue& value) {
   model.router_score = router.at("score").choice({"softmax", "sigmoid"});
   model.router_renormalise = router.at("renormalise").boolean();
   model.router_scale = router.at("scale").number(1e-6, 1e6);
-  if (std::optional<JsonValue> bos = value.find("bos_token_id"); bos && !bos->is_null()) bos->int32(0, model.vocab_size - 1);
+  if (std::optional<JsonValue> bos = value.find("bos_token_id"); bos && !bos->is_null())
+    bos->int32(0, model.vocab_size - 1);
   model.eos_token_ids = value.at("eos_token_ids").int32_list(0, model.vocab_size - 1, kMaxEndTokens);
   return model;
 }
@@ -131,7 +135,8 @@ std::vector<TargetEntry> parse_targets(const JsonValue& value, const Manifest& m
     target.name = name;
     target.device = entry.at("device").choice({"cpu", "vulkan", "opencl", "metal"});
     target.arch = entry.at("arch").choice({"x86_64", "aarch64"});
-    for (const JsonValue& feature : entry.at("features").elements(kMaxFeatures)) target.features.push_back(feature.string());
+    for (const JsonValue& feature : entry.at("features").elements(kMaxFeatures))
+      target.features.push_back(feature.string());
     target.library = listed_path(entry.at("library"), manifest);
     target.plan = listed_path(entry.at("plan"), manifest);
     targets.push_back(std::move(target));

@@ -13,7 +13,10 @@ struct PolicyEntry {
 };
 
 constexpr PolicyEntry kPolicies[] = {
-    {"lru", [](int32_t layers, int32_t experts) -> std::unique_ptr<CachePolicy> { return std::make_unique<LruPolicy>(layers, experts); }},
+    {"lru",
+     [](int32_t layers, int32_t experts) -> std::unique_ptr<CachePolicy> {
+       return std::make_unique<LruPolicy>(layers, experts);
+     }},
 };
 
 }  // namespace

@@ -18,7 +18,8 @@ class CachePolicy {
   virtual void on_access(ExpertKey key, uint64_t position) = 0;
   virtual void on_insert(ExpertKey key, uint64_t position) = 0;
   virtual void on_evict(ExpertKey key) = 0;
-  // The resident to give up among those for which `pinned` is false; a pure function of the calls so far. False if every resident is pinned.
+  // The resident to give up among those for which `pinned` is false; a pure function of the calls so far. False if
+  // every resident is pinned.
   virtual bool victim(const std::function<bool(ExpertKey)>& pinned, ExpertKey* out) const = 0;
   virtual void clear() = 0;
 };

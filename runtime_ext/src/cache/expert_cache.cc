@@ -1,7 +1,8 @@
 // Keeps a policy-managed set of experts in memory and streams the others through it.
 //
-// An expert is resident from the moment when its load is issued: the policy's state depends on the order of the calls only. Whoever needs the
-// record waits for the load (`settle`); a load that failed makes its expert absent again and its slot free.
+// An expert is resident from the moment when its load is issued: the policy's state depends on the order of the calls
+// only. Whoever needs the record waits for the load (`settle`); a load that failed makes its expert absent again and
+// its slot free.
 #include "cache/expert_cache.h"
 
 #include <algorithm>
@@ -18,7 +19,8 @@
 namespace cfmoe {
 namespace {
 
-// While loads wait for room, residents are computed in small batches: each batch that is done makes room, so reading goes on beside compute.
+// While loads wait for room, residents are computed in small batches: each batch that is done makes room, so reading
+// goes on beside compute.
 constexpr size_t kBatchWhileBlocked = 4;
 
 struct Load {
@@ -127,9 +129,11 @@ ExpertCache::Impl::Impl(ExpertStore& the_store, int32_t the_top_k, const ExpertC
 }
 
 void ExpertCache::Impl::check_group(int32_t layer, std::span<const int32_t> ids) const {
-  if (layer < 0 || layer >= layers) throw Error(ErrorKind::kInternal, "expert cache: no MoE layer " + std::to_string(layer));
+  if (layer < 0 || layer >= layers)
+    throw Error(ErrorKind::kInternal, "expert cache: no MoE layer " + std::to_string(layer));
   for (size_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= experts) throw Error(ErrorKind::kInternal, "expert cache: no expert " + std::to_string(ids[i]));
+    if (ids[i] < 0 || ids[i] >= experts)
+      throw Error(ErrorKind::kInternal, "expert cache: no expert " + std::to_string(ids[i]));
   }
 }
 
@@ -164,7 +168,8 @@ void ExpertCache::Impl::submit_read(ExpertKey key, Phase phase) {
     void* destination = static_cast<int32_t*>(where.base) + where.word_offset;
     load->job = queue.submit([this, key, destination, &bytes] { bytes += store.read(key, destination); });
   } else {
-    // A plain pointer: the job must not keep the load alive that holds it, and `settle` keeps the load until the job is done.
+    // A plain pointer: the job must not keep the load alive that holds it, and `settle` keeps the load until the job is
+    // done.
     Load* target = load.get();
     load->job = queue.submit([this, key, target, &bytes] {
       target->mapped = store.map(key);
@@ -244,19 +249,21 @@ ExpertCache::ExpertCache(ExpertStore& store, int32_t top_k, const ExpertCacheOpt
 
 ExpertCache::~ExpertCache() = default;
 
-void ExpertCache::prefill_layer(int32_t layer, std::span<const int32_t> experts, std::span<const uint64_t> last_positions,
-                                const ComputeFn& compute) {
+void ExpertCache::prefill_layer(int32_t layer, std::span<const int32_t> experts,
+                                std::span<const uint64_t> last_positions, const ComputeFn& compute) {
   Impl& cache = *impl_;
   cache.check_group(layer, experts);
   bool ascending = std::adjacent_find(experts.begin(), experts.end(), std::greater_equal<>()) == experts.end();
   if (experts.size() != last_positions.size() || !ascending) {
-    throw Error(ErrorKind::kInternal, "expert cache: the experts of a prefill layer are not ascending or lack positions");
+    throw Error(ErrorKind::kInternal,
+                "expert cache: the experts of a prefill layer are not ascending or lack positions");
   }
   // The order of everything: residents ascending, then the missing ascending.
   std::vector<size_t> order(experts.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   auto key_of = [&](size_t i) { return ExpertKey{layer, experts[i]}; };
-  auto first_missing = std::stable_partition(order.begin(), order.end(), [&](size_t i) { return cache.entry(key_of(i)).resident; });
+  auto first_missing =
+      std::stable_partition(order.begin(), order.end(), [&](size_t i) { return cache.entry(key_of(i)).resident; });
   auto hits = static_cast<size_t>(first_missing - order.begin());
   PinScope pins;
   for (size_t n = 0; n < order.size(); ++n) {
@@ -310,31 +317,34 @@ void ExpertCache::hand_over() {
   for (const PrefillRouting::Use& use : chosen) {
     if (!cache.entry(use.key).resident) absent.push_back(use);
   }
-  for (size_t i = 0; i < absent.size(); ++i) {
-    bool free = cache.resident_count + static_cast<int32_t>(absent.size() - i) <= cache.slots;
-    if (free) break;
+  while (cache.resident_count + static_cast<int32_t>(absent.size()) > cache.slots) {
     ExpertKey key;
-    if (!cache.policy->victim(cache.is_pinned, &key)) throw Error(ErrorKind::kInternal, "hand-over: every resident is pinned");
+    if (!cache.policy->victim(cache.is_pinned, &key))
+      throw Error(ErrorKind::kInternal, "hand-over: every resident is pinned");
     cache.settle(key, Phase::kPrefill);
     cache.forget(key);
   }
-  // The reads start with the likeliest experts, so that decode seldom waits; the policy is told of all in the order of their last use.
+  // The reads start with the likeliest experts, so that decode seldom waits; the policy is told of all in the order of
+  // their last use.
   std::stable_sort(absent.begin(), absent.end(), [](const auto& a, const auto& b) { return a.score > b.score; });
   for (const PrefillRouting::Use& use : absent) cache.start_load(use.key, use.last_position, Phase::kPrefill);
   for (const PrefillRouting::Use& use : chosen) cache.policy->on_access(use.key, use.last_position);
 }
 
-void ExpertCache::decode_group(int32_t layer, std::span<const int32_t> experts, uint64_t position, const ComputeFn& compute) {
+void ExpertCache::decode_group(int32_t layer, std::span<const int32_t> experts, uint64_t position,
+                               const ComputeFn& compute) {
   Impl& cache = *impl_;
   cache.check_group(layer, experts);
   if (experts.size() > static_cast<size_t>(cache.slots)) {
-    throw Error(ErrorKind::kInternal, "expert cache: a group of " + std::to_string(experts.size()) + " experts does not fit");
+    throw Error(ErrorKind::kInternal,
+                "expert cache: a group of " + std::to_string(experts.size()) + " experts does not fit");
   }
   PinScope pins;
   std::vector<bool> hit(experts.size());
   for (size_t i = 0; i < experts.size(); ++i) {
     Entry& entry = cache.entry(ExpertKey{layer, experts[i]});
-    if (entry.pinned) throw Error(ErrorKind::kInternal, "expert cache: expert " + std::to_string(experts[i]) + " twice in a group");
+    if (entry.pinned)
+      throw Error(ErrorKind::kInternal, "expert cache: expert " + std::to_string(experts[i]) + " twice in a group");
     hit[i] = entry.resident;
     pins.pin(entry);
   }
@@ -400,7 +410,8 @@ void ExpertCache::resize(int32_t slots) {
   drain();
   while (cache.resident_count > slots) {
     ExpertKey key;
-    if (!cache.policy->victim(cache.is_pinned, &key)) throw Error(ErrorKind::kInternal, "expert cache: every resident is pinned");
+    if (!cache.policy->victim(cache.is_pinned, &key))
+      throw Error(ErrorKind::kInternal, "expert cache: every resident is pinned");
     cache.forget(key);
   }
   if (cache.pool) cache.pool->resize(slots);

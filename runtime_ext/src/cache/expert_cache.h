@@ -17,7 +17,8 @@ namespace cfmoe {
 
 enum class Phase : uint8_t { kPrefill = 0, kDecode = 1 };
 
-// One expert that is in memory and may be computed: `index` is its place in the span given to prefill_layer or decode_group.
+// One expert that is in memory and may be computed: `index` is its place in the span given to prefill_layer or
+// decode_group.
 struct ReadyExpert {
   int32_t index = 0;
   ExpertView view;
@@ -27,11 +28,12 @@ struct PhaseMetrics {
   uint64_t hits = 0;
   uint64_t misses = 0;
   uint64_t prefetched = 0;
-  uint64_t bytes_read = 0;  // counted where the read returns, from real reads
+  uint64_t bytes_read = 0;  // counted where the read returns, from real reads; with mmap the records faulted in
   uint64_t stall_ns = 0;    // time that the computing thread waited for a load
 };
 
-// One access, in the order of accounting. Prefill counts an expert once per (chunk, layer), decode once per (token, layer, k).
+// One access, in the order of accounting. Prefill counts an expert once per (chunk, layer), decode once per (token,
+// layer, k).
 struct AccessEvent {
   Phase phase;
   bool hit;
@@ -40,8 +42,8 @@ struct AccessEvent {
 };
 
 struct ExpertCacheOptions {
-  int32_t slots = 0;             // at least top_k
-  std::string policy = "lru";    // see make_policy
+  int32_t slots = 0;           // at least top_k
+  std::string policy = "lru";  // see make_policy
   int32_t io_threads = 2;
   bool log_events = false;
 };
@@ -55,25 +57,29 @@ class ExpertCache {
   ExpertCache(ExpertStore& store, int32_t top_k, const ExpertCacheOptions& options);
   ~ExpertCache();
 
-  // Runs `compute` for every expert in `experts` (ascending ids, distinct), residents first, each exactly once, on the calling thread,
-  // while the others load. `last_positions[i]` is the last position in this chunk that chose experts[i]. Each is read at most once.
-  // Victims depend on the order of the calls alone, never on how fast loads complete.
+  // Runs `compute` for every expert in `experts` (ascending ids, distinct), residents first, each exactly once, on the
+  // calling thread, while the others load. `last_positions[i]` is the last position in this chunk that chose
+  // experts[i]. Each is read at most once. Victims depend on the order of the calls alone, never on how fast loads
+  // complete: experts are inserted and completed in the order residents ascending, then missing ascending, in which
+  // they are accounted too; loads are issued whenever completing one expert leaves a resident that is not needed later.
   void prefill_layer(int32_t layer, std::span<const int32_t> experts, std::span<const uint64_t> last_positions,
                      const ComputeFn& compute);
 
   // Records what one prefill chunk chose: ids [tokens * top_k] in routing order, for hand_over.
   void note_prefill_routing(int32_t layer, std::span<const int32_t> ids, uint64_t first_position);
 
-  // Seeds the decode set from the noted routing, weighted to the last tokens. Reads of chosen experts that are absent are started in the
-  // background and count as prefill; a decode access that meets one still loading is a hit that waits.
+  // Seeds the decode set from the noted routing, weighted to the last tokens. Reads of chosen experts that are absent
+  // are started in the background and count as prefill; a decode access that meets one still loading is a hit that
+  // waits.
   void hand_over();
 
-  // One (token, layer) group in top-k order. Hits are computed in one batch while misses load; misses follow in batches as they arrive.
+  // One (token, layer) group in top-k order. Hits are computed in one batch while misses load; misses follow in batches
+  // as they arrive. In top-k order each member is accounted, a miss first evicts if it must, then recency is updated.
   void decode_group(int32_t layer, std::span<const int32_t> experts, uint64_t position, const ComputeFn& compute);
 
-  // Waits until no read is under way.
+  // Waits until no read is under way. Throws the first error of a background read that nobody has met yet.
   void drain();
-  // Forgets residents and policy state: the next access is cold.
+  // Forgets residents, policy state and noted routing: the next access is cold.
   void clear();
   // Changes the number of slots between turns; shrinking gives memory back to the system at once.
   void resize(int32_t slots);
@@ -83,6 +89,7 @@ class ExpertCache {
   std::vector<AccessEvent> take_events();
   // Residents of a MoE layer, ascending.
   std::vector<int32_t> residents(int32_t layer) const;
+  // Never more than there are experts.
   int32_t slots() const;
   // Bytes of pool memory (0 with mmap, where the mapped file is used in place).
   uint64_t pool_bytes() const;

@@ -11,11 +11,12 @@ namespace cfmoe {
 ExpertPool::ExpertPool(uint64_t stride, int32_t capacity, uint64_t slab_cap)
     : stride_(stride), slab_cap_(std::min(slab_cap, kMaxSlabBytes)) {
   if (stride == 0 || stride % kBufferAlignment != 0) {
-    throw Error(ErrorKind::kInternal, "expert pool: a stride of " + std::to_string(stride) + " bytes is no multiple of 16384");
+    throw Error(ErrorKind::kInternal,
+                "expert pool: a stride of " + std::to_string(stride) + " bytes is no multiple of 16384");
   }
   if (stride > slab_cap_) {
-    throw Error("one expert has " + std::to_string(stride) + " bytes, more than the largest buffer of " + std::to_string(slab_cap_) +
-                " bytes; use a smaller quantisation");
+    throw Error("one expert has " + std::to_string(stride) + " bytes, more than the largest buffer of " +
+                std::to_string(slab_cap_) + " bytes; use a smaller quantisation");
   }
   resize(capacity);
 }
@@ -30,13 +31,15 @@ int32_t ExpertPool::acquire() {
 
 void ExpertPool::release(int32_t slot) {
   State& state = states_.at(static_cast<size_t>(slot));
-  if (state != State::kUsed) throw Error(ErrorKind::kInternal, "expert pool: slot " + std::to_string(slot) + " is not in use");
+  if (state != State::kUsed)
+    throw Error(ErrorKind::kInternal, "expert pool: slot " + std::to_string(slot) + " is not in use");
   state = State::kFree;
   --used_;
 }
 
 const ExpertPool::Slab& ExpertPool::slab_of(int32_t slot) const {
-  auto it = std::upper_bound(slabs_.begin(), slabs_.end(), slot, [](int32_t value, const Slab& slab) { return value < slab.first; });
+  auto it = std::upper_bound(slabs_.begin(), slabs_.end(), slot,
+                             [](int32_t value, const Slab& slab) { return value < slab.first; });
   return *std::prev(it);
 }
 
@@ -48,12 +51,14 @@ ExpertView ExpertPool::view(int32_t slot) const {
 }
 
 size_t ExpertPool::slabs() const {
-  return static_cast<size_t>(std::count_if(slabs_.begin(), slabs_.end(), [](const Slab& slab) { return slab.memory.size() > 0; }));
+  return static_cast<size_t>(
+      std::count_if(slabs_.begin(), slabs_.end(), [](const Slab& slab) { return slab.memory.size() > 0; }));
 }
 
 void ExpertPool::resize(int32_t capacity) {
   if (capacity < used_) {
-    throw Error(ErrorKind::kInternal, "expert pool: " + std::to_string(used_) + " slots are in use, more than " + std::to_string(capacity));
+    throw Error(ErrorKind::kInternal,
+                "expert pool: " + std::to_string(used_) + " slots are in use, more than " + std::to_string(capacity));
   }
   if (capacity > capacity_) grow(capacity - capacity_);
   if (capacity < capacity_) shrink(capacity_ - capacity);
@@ -74,7 +79,8 @@ void ExpertPool::grow(int32_t slots) {
   auto per_slab = static_cast<int64_t>(slab_cap_ / stride_);
   while (slots > 0) {
     auto count = static_cast<int32_t>(std::min<int64_t>(slots, per_slab));
-    slabs_.push_back(Slab{AlignedBuffer(static_cast<uint64_t>(count) * stride_), static_cast<int32_t>(states_.size()), count});
+    slabs_.push_back(
+        Slab{AlignedBuffer(static_cast<uint64_t>(count) * stride_), static_cast<int32_t>(states_.size()), count});
     states_.insert(states_.end(), static_cast<size_t>(count), State::kFree);
     capacity_ += count;
     slots -= count;

@@ -11,10 +11,12 @@ namespace cfmoe {
 
 class ExpertPool {
  public:
-  // Kernels index a slab by 32-bit numbers, also in units of fp16: 4 GiB hold 2^31 of those. Devices with smaller buffers pass their own cap.
+  // Kernels index a slab by 32-bit numbers, also in units of fp16: 4 GiB hold 2^31 of those. Devices with smaller
+  // buffers pass their own cap.
   static constexpr uint64_t kMaxSlabBytes = uint64_t{4} << 30;
 
-  // `stride` is a multiple of 16 KiB. Throws cfmoe::Error if a record does not fit a slab or the memory cannot be reserved.
+  // `stride` is a multiple of 16 KiB. Throws cfmoe::Error if a record does not fit a slab or the memory cannot be
+  // reserved.
   ExpertPool(uint64_t stride, int32_t capacity, uint64_t slab_cap = kMaxSlabBytes);
 
   // A free slot, the lowest; -1 if none is free.
@@ -22,7 +24,8 @@ class ExpertPool {
   void release(int32_t slot);
   ExpertView view(int32_t slot) const;
 
-  // Growing adds slabs. Shrinking retires the highest free slots and gives their memory back; at most `capacity` slots may be in use.
+  // Growing adds slabs. Shrinking retires the highest free slots and gives their memory back; at most `capacity` slots
+  // may be in use.
   void resize(int32_t capacity);
 
   int32_t capacity() const { return capacity_; }

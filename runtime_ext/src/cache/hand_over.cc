@@ -20,15 +20,17 @@ PrefillRouting::PrefillRouting(int32_t layers, int32_t experts)
 
 void PrefillRouting::note(int32_t layer, std::span<const int32_t> ids, int32_t top_k, uint64_t first_position) {
   if (layer < 0 || layer >= layers_ || top_k < 1 || ids.size() % static_cast<size_t>(top_k) != 0) {
-    throw Error(ErrorKind::kInternal, "hand-over: routing of MoE layer " + std::to_string(layer) + " has " + std::to_string(ids.size()) +
-                                          " ids for a top_k of " + std::to_string(top_k));
+    throw Error(ErrorKind::kInternal, "hand-over: routing of MoE layer " + std::to_string(layer) + " has " +
+                                          std::to_string(ids.size()) + " ids for a top_k of " + std::to_string(top_k));
   }
   for (size_t i = 0; i < ids.size(); ++i) {
     int32_t expert = ids[i];
-    if (expert < 0 || expert >= experts_) throw Error(ErrorKind::kInternal, "hand-over: no expert " + std::to_string(expert));
+    if (expert < 0 || expert >= experts_)
+      throw Error(ErrorKind::kInternal, "hand-over: no expert " + std::to_string(expert));
     uint64_t position = first_position + i / static_cast<size_t>(top_k);
     Cell& cell = cells_[static_cast<size_t>(layer) * static_cast<size_t>(experts_) + static_cast<size_t>(expert)];
-    if (cell.score > 0 && position < cell.last_position) throw Error(ErrorKind::kInternal, "hand-over: positions do not ascend");
+    if (cell.score > 0 && position < cell.last_position)
+      throw Error(ErrorKind::kInternal, "hand-over: positions do not ascend");
     cell.score = cell.score * decay(position - cell.last_position) + 1;
     cell.last_position = position;
     last_position_ = std::max(last_position_, position);

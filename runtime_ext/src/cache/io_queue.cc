@@ -59,7 +59,8 @@ void IoQueue::wait(const JobPtr& job) {
 
 void IoQueue::wait_any(std::span<const JobPtr> jobs) {
   std::unique_lock lock(mutex_);
-  work_done_.wait(lock, [&] { return std::any_of(jobs.begin(), jobs.end(), [](const JobPtr& job) { return job->done; }); });
+  work_done_.wait(lock,
+                  [&] { return std::any_of(jobs.begin(), jobs.end(), [](const JobPtr& job) { return job->done; }); });
 }
 
 void IoQueue::wait_idle() {

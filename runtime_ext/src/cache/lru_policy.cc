@@ -13,7 +13,8 @@ LruPolicy::LruPolicy(int32_t layers, int32_t experts) : layers_(layers), experts
 
 int32_t LruPolicy::id_of(ExpertKey key) const {
   if (key.layer < 0 || key.layer >= layers_ || key.expert < 0 || key.expert >= experts_) {
-    throw Error(ErrorKind::kInternal, "lru: no expert " + std::to_string(key.expert) + " in MoE layer " + std::to_string(key.layer));
+    throw Error(ErrorKind::kInternal,
+                "lru: no expert " + std::to_string(key.expert) + " in MoE layer " + std::to_string(key.layer));
   }
   return key.layer * experts_ + key.expert;
 }

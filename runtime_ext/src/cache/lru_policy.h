@@ -19,7 +19,8 @@ class LruPolicy final : public CachePolicy {
   void clear() override;
 
  private:
-  // A ring of all experts that are resident, through `head_`: next of it is the least recent, previous of it the most recent.
+  // A ring of all experts that are resident, through `head_`: next of it is the least recent, previous of it the most
+  // recent.
   struct Node {
     int32_t previous = -1, next = -1;  // -1: not resident
   };

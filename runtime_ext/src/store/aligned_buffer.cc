@@ -24,7 +24,8 @@ size_t page_size() {
 
 AlignedBuffer::AlignedBuffer(size_t size) {
   if (size == 0) return;
-  if (size > std::numeric_limits<size_t>::max() - 4 * kBufferAlignment) throw Error("cannot reserve " + std::to_string(size) + " bytes");
+  if (size > std::numeric_limits<size_t>::max() - 4 * kBufferAlignment)
+    throw Error("cannot reserve " + std::to_string(size) + " bytes");
   size = (size + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment;
   size_t reserved = size + kBufferAlignment;
   void* raw = ::mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -53,7 +54,8 @@ void AlignedBuffer::give_back(size_t offset, size_t size) {
   if (begin >= end || end > (size_ + page - 1) / page * page) return;
 #if defined(__APPLE__)
   // MADV_DONTNEED is only a hint there; mapping fresh pages over the range frees the old ones.
-  void* fresh = ::mmap(data_ + begin, end - begin, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  void* fresh =
+      ::mmap(data_ + begin, end - begin, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
   bool failed = fresh == MAP_FAILED;
 #else
   bool failed = ::madvise(data_ + begin, end - begin, MADV_DONTNEED) != 0;

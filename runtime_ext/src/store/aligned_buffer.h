@@ -6,7 +6,8 @@
 
 namespace cfmoe {
 
-inline constexpr size_t kBufferAlignment = 16384;  // the largest page size of the platforms we run on, and enough for direct I/O
+inline constexpr size_t kBufferAlignment =
+    16384;  // the largest page size of the platforms we run on, and enough for direct I/O
 
 class AlignedBuffer {
  public:

@@ -22,7 +22,9 @@ namespace {
 class VerifiedSet {
  public:
   explicit VerifiedSet(size_t records) : words_((records + 63) / 64) {}
-  bool contains(size_t record) const { return (words_[record / 64].load(std::memory_order_relaxed) >> (record % 64) & 1) != 0; }
+  bool contains(size_t record) const {
+    return (words_[record / 64].load(std::memory_order_relaxed) >> (record % 64) & 1) != 0;
+  }
   void insert(size_t record) { words_[record / 64].fetch_or(uint64_t{1} << (record % 64), std::memory_order_relaxed); }
 
  private:
@@ -35,8 +37,8 @@ class StoreBase : public ExpertStore {
       : file_(std::move(file)), index_(std::move(index)), verified_(index_.digests.size()) {
     uint64_t wanted = index_.digests.size() * index_.record_stride;
     if (file_.size() != wanted) {
-      throw Error(file_.path() + ": has " + std::to_string(file_.size()) + " bytes, the index needs " + std::to_string(wanted) +
-                  "; copy the artifact again or compile it again with cfmoe compile");
+      throw Error(file_.path() + ": has " + std::to_string(file_.size()) + " bytes, the index needs " +
+                  std::to_string(wanted) + "; copy the artifact again or compile it again with cfmoe compile");
     }
   }
   const ExpertIndex& index() const override { return index_; }
@@ -58,7 +60,8 @@ class StoreBase : public ExpertStore {
     uint64_t digest = xxh3_64(data, index_.record_bytes);
     if (digest != index_.digests[record]) {
       throw Error(name_of(key) + " is damaged: its digest is " + format_digest(digest) + ", the index says " +
-                  format_digest(index_.digests[record]) + "; copy the artifact again or compile it again with cfmoe compile");
+                  format_digest(index_.digests[record]) +
+                  "; copy the artifact again or compile it again with cfmoe compile");
     }
     verified_.insert(record);
   }
@@ -107,8 +110,10 @@ class MmapStore final : public StoreBase {
     reserved_ = size_ + kBufferAlignment;
     reservation_ = ::mmap(nullptr, reserved_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (reservation_ == MAP_FAILED) fail("reserve addresses for");
-    uintptr_t aligned = (reinterpret_cast<uintptr_t>(reservation_) + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment;
-    void* mapped = ::mmap(reinterpret_cast<void*>(aligned), size_, PROT_READ, MAP_SHARED | MAP_FIXED, file_.descriptor(), 0);
+    uintptr_t aligned =
+        (reinterpret_cast<uintptr_t>(reservation_) + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment;
+    void* mapped =
+        ::mmap(reinterpret_cast<void*>(aligned), size_, PROT_READ, MAP_SHARED | MAP_FIXED, file_.descriptor(), 0);
     if (mapped == MAP_FAILED) {
       int reason = errno;
       ::munmap(reservation_, reserved_);
@@ -116,7 +121,8 @@ class MmapStore final : public StoreBase {
       fail("map");
     }
     base_ = static_cast<std::byte*>(mapped);
-    // Records are read one by one in no order; the system's read-ahead beyond a record would only cost memory. Advice only.
+    // Records are read one by one in no order; the system's read-ahead beyond a record would only cost memory. Advice
+    // only.
     ::madvise(base_, size_, MADV_RANDOM);
   }
   ~MmapStore() override { ::munmap(reservation_, reserved_); }
@@ -133,7 +139,8 @@ class MmapStore final : public StoreBase {
     size_t record = record_of(key);
     // A file that was cut after opening would raise SIGBUS below instead of an error.
     if (file_.size() < size_) {
-      throw Error(name_of(key) + " is cut short: the file now has " + std::to_string(file_.size()) + " bytes; copy the artifact again");
+      throw Error(name_of(key) + " is cut short: the file now has " + std::to_string(file_.size()) +
+                  " bytes; copy the artifact again");
     }
     std::byte* address = base_ + record * index_.record_stride;
     ::madvise(address, index_.record_bytes, MADV_WILLNEED);
@@ -154,7 +161,8 @@ class MmapStore final : public StoreBase {
 
  private:
   [[noreturn]] void fail(const std::string& what) const {
-    throw Error("cannot " + what + " " + file_.path() + ": " + std::strerror(errno) + "; use --io buffered or --io auto");
+    throw Error("cannot " + what + " " + file_.path() + ": " + std::strerror(errno) +
+                "; use --io buffered or --io auto");
   }
 
   size_t size_ = 0, reserved_ = 0;

@@ -22,8 +22,9 @@ class ExpertStore {
   // Never kAuto: what `auto` became.
   virtual IoMode mode() const = 0;
   virtual const ExpertIndex& index() const = 0;
-  // Reads the record into `destination` (16 KiB aligned, record_stride bytes) and returns the bytes that the system read. Safe to call from
-  // several threads. Throws cfmoe::Error naming the file, layer and expert on a short read, an I/O error or a digest that differs.
+  // Reads the record into `destination` (16 KiB aligned, record_stride bytes) and returns the bytes that the system
+  // read. Safe to call from several threads. Throws cfmoe::Error naming the file, layer and expert on a short read, an
+  // I/O error or a digest that differs.
   virtual uint64_t read(ExpertKey key, void* destination) = 0;
   // mmap only: the record's address in the mapping, after faulting it in and verifying it; null otherwise.
   virtual void* map(ExpertKey key) = 0;

@@ -56,7 +56,8 @@ FileHandle FileHandle::open(const std::string& path) {
   file.path_ = path;
   file.descriptor_ = open_descriptor(path, 0);
   if (file.descriptor_ < 0) {
-    if (errno == ENOENT) throw Error(path + ": the file is missing; copy the artifact again or compile it again with cfmoe compile");
+    if (errno == ENOENT)
+      throw Error(path + ": the file is missing; copy the artifact again or compile it again with cfmoe compile");
     throw Error(path + ": cannot be opened: " + std::strerror(errno) + "; check its permissions");
   }
   struct stat facts = {};
@@ -101,8 +102,9 @@ uint64_t FileHandle::read_at(uint64_t offset, void* destination, uint64_t size) 
   while (done < size) {
     int64_t got = read_once(descriptor_, offset + done, static_cast<char*>(destination) + done, size - done);
     if (got < 0) {
-      throw Error(ErrorKind::kInternal, path_ + ": reading " + std::to_string(size) + " bytes at " + std::to_string(offset) +
-                                            " failed: " + std::strerror(errno) + "; check the drive");
+      throw Error(ErrorKind::kInternal, path_ + ": reading " + std::to_string(size) + " bytes at " +
+                                            std::to_string(offset) + " failed: " + std::strerror(errno) +
+                                            "; check the drive");
     }
     if (done + static_cast<uint64_t>(got) <= total) break;  // nothing new: the end of the file
     total = done + static_cast<uint64_t>(got);

@@ -9,7 +9,8 @@
 
 namespace cfmoe {
 
-inline constexpr size_t kDirectAlignment = 4096;  // offsets, lengths and addresses of direct reads; the largest block size of common drives
+inline constexpr size_t kDirectAlignment =
+    4096;  // offsets, lengths and addresses of direct reads; the largest block size of common drives
 
 class FileHandle {
  public:
@@ -23,8 +24,8 @@ class FileHandle {
   // Past the page cache, proved by one read; false with a reason where the file system does not take it.
   static bool open_direct(const std::string& path, FileHandle* out, std::string* reason);
 
-  // Reads up to `size` bytes from `offset`, less only at the end of the file, and returns how many. Throws cfmoe::Error on an I/O error.
-  // A direct file wants all three arguments aligned to kDirectAlignment.
+  // Reads up to `size` bytes from `offset`, less only at the end of the file, and returns how many. Throws cfmoe::Error
+  // on an I/O error. A direct file wants all three arguments aligned to kDirectAlignment.
   uint64_t read_at(uint64_t offset, void* destination, uint64_t size) const;
   uint64_t size() const;
   bool direct() const { return direct_; }
@@ -37,8 +38,8 @@ class FileHandle {
   std::string path_;
 };
 
-// Opens a large file as `mode` asks (kMmap: through the page cache). What it became is direct() or not; `warning` is set where auto fell back.
-// Throws cfmoe::Error where direct is asked for and refused.
+// Opens a large file as `mode` asks (kMmap: through the page cache). What it became is direct() or not; `warning` is
+// set where auto fell back. Throws cfmoe::Error where direct is asked for and refused.
 FileHandle open_data_file(const std::string& path, IoMode mode, std::string* warning);
 
 }  // namespace cfmoe

@@ -22,17 +22,20 @@ LoadedWeights load_weights(const std::string& path, const std::vector<TensorEntr
                 " bytes; copy the artifact again or compile it again with cfmoe compile");
   }
 #if defined(POSIX_FADV_DONTNEED)
-  // The tensors are in memory now; a second copy in the page cache would only push experts out of it. Advice only: failure is harmless.
+  // The tensors are in memory now; a second copy in the page cache would only push experts out of it. Advice only:
+  // failure is harmless.
   if (!file.direct()) ::posix_fadvise(file.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
 #endif
   for (const TensorEntry& tensor : weights) {
     if (tensor.offset > size || tensor.size > size - tensor.offset) {
-      throw Error(path + ": tensor " + tensor.name + " lies outside the file; compile the artifact again with cfmoe compile");
+      throw Error(path + ": tensor " + tensor.name +
+                  " lies outside the file; compile the artifact again with cfmoe compile");
     }
     uint64_t digest = xxh3_64(loaded.block.data() + tensor.offset, tensor.size);
     if (digest != tensor.xxh3_64) {
-      throw Error(path + ": tensor " + tensor.name + " is damaged: its digest is " + format_digest(digest) + ", the index says " +
-                  format_digest(tensor.xxh3_64) + "; copy the artifact again or compile it again with cfmoe compile");
+      throw Error(path + ": tensor " + tensor.name + " is damaged: its digest is " + format_digest(digest) +
+                  ", the index says " + format_digest(tensor.xxh3_64) +
+                  "; copy the artifact again or compile it again with cfmoe compile");
     }
   }
   return loaded;

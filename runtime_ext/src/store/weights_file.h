@@ -15,7 +15,8 @@ struct LoadedWeights {
   std::string warning;  // as ExpertStore::warning
 };
 
-// In mmap mode too the tensors are read into memory: every token needs all of them. Throws cfmoe::Error naming the file and the tensor.
+// In mmap mode too the tensors are read into memory: every token needs all of them. Throws cfmoe::Error naming the file
+// and the tensor.
 LoadedWeights load_weights(const std::string& path, const std::vector<TensorEntry>& weights, IoMode mode);
 
 }  // namespace cfmoe

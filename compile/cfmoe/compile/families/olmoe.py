@@ -1,0 +1,22 @@
+"""OLMoE: norms over the whole q and k vectors."""
+
+from cfmoe.compile.decoder_config import DecoderConfig
+from cfmoe.compile.families.base import ConfigReader, Family
+
+
+def _configure(c: ConfigReader) -> DecoderConfig:
+    c.require("attention_bias", False, False)
+    c.require("clip_qkv", None, None)
+    common = c.common()
+    count = "num_experts" if "num_experts" in c.config else "num_local_experts"
+    return DecoderConfig(
+        family="olmoe",
+        **common,
+        **c.experts(count, "intermediate_size"),
+        moe_layers=tuple(range(common["num_layers"])),
+        router_renormalise=c.boolean("norm_topk_prob", False),
+        qk_norm="vector",
+    )
+
+
+FAMILY = Family("olmoe", _configure)

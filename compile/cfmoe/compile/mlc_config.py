@@ -1,0 +1,59 @@
+"""mlc-chat-config.json: the fields by which MLC-LLM describes a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cfmoe.compile.checkpoint import read_json
+from cfmoe.compile.decoder_config import DecoderConfig
+
+
+def mlc_chat_config(model: Path, c: DecoderConfig, quant: str, prefill_chunk: int, tokenizer_files: list[str]) -> dict[str, Any]:
+    """MLC-LLM's fields in MLC-LLM's order. `quantization` names our preset: the weights are in our layout."""
+    path = model / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    model_config = {
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "num_experts": c.num_experts,
+        "num_experts_per_tok": c.top_k,
+        "moe_intermediate_size": c.expert_ffn_size,
+        "norm_topk_prob": c.router_renormalise,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tie_embeddings,
+        "vocab_size": c.vocab_size,
+        "context_window_size": c.context_size,
+        "prefill_chunk_size": prefill_chunk,
+    }
+    return {
+        "version": "0.1.0",
+        "model_type": c.family,
+        "quantization": f"cfmoe-{quant}",
+        "model_config": model_config,
+        "vocab_size": c.vocab_size,
+        "context_window_size": c.context_size,
+        "sliding_window_size": -1,
+        "prefill_chunk_size": prefill_chunk,
+        "attention_sink_size": -1,
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "active_vocab_size": c.vocab_size,
+        "temperature": generation.get("temperature", 1.0),
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": generation.get("repetition_penalty", 1.0),
+        "top_p": generation.get("top_p", 1.0),
+        "tokenizer_files": tokenizer_files,
+        "tokenizer_info": {"token_postproc_method": "byte_level", "prepend_space_in_encode": False, "strip_space_in_decode": False},
+        "conv_template": None,
+        "pad_token_id": 0,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": list(c.eos_token_ids),
+        "model_task": "chat",
+        "embedding_metadata": None,
+    }

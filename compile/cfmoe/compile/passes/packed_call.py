@@ -1,0 +1,66 @@
+"""Reading and writing the abstract `cfmoe.*` operations of the decoder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import ir, relax
+from tvm.relax.type import TensorType
+
+PREFIX = "cfmoe."
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """One abstract operation: tensors, scalars known at run time, and attributes known now."""
+
+    name: str
+    tensors: list[Any]
+    scalars: list[Any]
+    attributes: list[Any]
+    out_type: Any
+
+
+def read(expr: Any) -> PackedCall | None:
+    """The operation behind `expr`, or None where it is something else."""
+    if not isinstance(expr, relax.Call) or getattr(expr.op, "name", "") != "relax.call_dps_packed":
+        return None
+    name = str(expr.args[0].global_symbol)
+    if not name.startswith(PREFIX):
+        return None
+    tensors, scalars, attributes = [], [], []
+    for arg in expr.args[1].fields:
+        if type(arg).__name__ in ("IntImm", "FloatImm", "StringImm"):
+            attributes.append(arg.value)
+        elif isinstance(arg.ty, TensorType):
+            tensors.append(arg)
+        else:
+            scalars.append(arg)
+    return PackedCall(name.removeprefix(PREFIX), tensors, scalars, attributes, expr.ty)
+
+
+def write(name: str, tensors: list[Any], attributes: list[Any], out_type: Any) -> relax.Call:
+    """A call of operation `name` with one result; attributes are ints, floats and strings."""
+
+    def convert(value: Any) -> Any:
+        return ir.StringImm(value) if isinstance(value, str) else relax.prim_value(value)
+
+    args = relax.Tuple([*tensors, *(convert(a) for a in attributes)])
+    return relax.op.call_dps_packed(PREFIX + name, args, out_type)
+
+
+def single_uses(function: relax.Function) -> set[Any]:
+    """Variables that are read exactly once."""
+    counts: Counter[Any] = Counter()
+
+    def visit(node: Any) -> None:
+        if isinstance(node, relax.Var):
+            counts[node] += 1
+
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            relax.analysis.post_order_visit(binding.value, visit)
+    relax.analysis.post_order_visit(function.body.body, visit)
+    return {var for var, uses in counts.items() if uses == 1}

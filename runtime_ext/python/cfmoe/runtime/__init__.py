@@ -1,0 +1,26 @@
+"""The runtime: runs an artifact inside a memory budget. Needs neither torch nor the compiler."""
+
+from __future__ import annotations
+
+from cfmoe.runtime.engine import Engine, Event, Generation, Memory, Metrics, ModelInfo, PhaseMetrics, Sampling, Session
+from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
+from cfmoe.runtime.size import format_size, parse_size
+from cfmoe.runtime.tokenizer import Tokenizer
+
+__all__ = [
+    "CFMoEError",
+    "Cancelled",
+    "Engine",
+    "Event",
+    "Generation",
+    "Memory",
+    "Metrics",
+    "ModelInfo",
+    "PhaseMetrics",
+    "RuntimeFault",
+    "Sampling",
+    "Session",
+    "Tokenizer",
+    "format_size",
+    "parse_size",
+]

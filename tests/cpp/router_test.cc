@@ -1,0 +1,62 @@
+// Routing: values worked out by hand, ties, and scores that are no numbers.
+#include "engine/router.h"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace cfmoe {
+namespace {
+
+struct Routed {
+  std::vector<int32_t> ids;
+  std::vector<float> weights;
+};
+
+Routed route(const RouterOptions& options, const std::vector<float>& logits, int64_t n, int64_t stride) {
+  Routed out{std::vector<int32_t>(n * options.top_k, -7), std::vector<float>(n * options.top_k)};
+  Router(options).route(logits.data(), n, stride, out.ids.data(), out.weights.data());
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("softmax over all experts, then top-k, then renormalised") {
+  // softmax of (0, ln 2, ln 4, ln 1) is (1, 2, 4, 1) / 8; the fifth score of a row is padding.
+  const float l2 = std::log(2.0F), l4 = std::log(4.0F);
+  const std::vector<float> logits = {0, l2, l4, 0, 99, 50, 50 + l4, 50, 50 + l2, 99};
+  Routed plain = route({false, 4, 2, false, 1.0F}, logits, 2, 5);
+  CHECK(plain.ids == std::vector<int32_t>{2, 1, 1, 3});
+  CHECK(plain.weights[0] == doctest::Approx(0.5));
+  CHECK(plain.weights[1] == doctest::Approx(0.25));
+  CHECK(plain.weights[2] == doctest::Approx(0.5));
+  Routed scaled = route({false, 4, 2, true, 3.0F}, logits, 2, 5);
+  CHECK(scaled.ids == plain.ids);
+  CHECK(scaled.weights[0] == doctest::Approx(2.0));
+  CHECK(scaled.weights[1] == doctest::Approx(1.0));
+}
+
+TEST_CASE("ties go to the lower id") {
+  CHECK(route({false, 6, 4, false, 1.0F}, {1, 2, 1, 2, 1, 2}, 1, 6).ids == std::vector<int32_t>{1, 3, 5, 0});
+}
+
+TEST_CASE("sigmoid scores") {
+  Routed out = route({true, 3, 3, false, 1.0F}, {0, 100, -100}, 1, 3);
+  CHECK(out.ids == std::vector<int32_t>{1, 0, 2});
+  CHECK(out.weights[1] == doctest::Approx(0.5));
+  CHECK(out.weights[0] == doctest::Approx(1.0));
+  CHECK(out.weights[2] == doctest::Approx(0.0));
+}
+
+TEST_CASE("large scores stay finite and what is no number comes last, with valid ids") {
+  Routed large = route({false, 3, 2, true, 1.0F}, {3e38F, -3e38F, 3e38F}, 1, 3);
+  CHECK(large.ids == std::vector<int32_t>{0, 2});
+  CHECK(large.weights[0] == doctest::Approx(0.5));
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(route({false, 4, 4, false, 1.0F}, {nan, 1, nan, 2}, 1, 4).ids == std::vector<int32_t>{3, 1, 0, 2});
+  CHECK(route({true, 3, 2, false, 1.0F}, {nan, nan, nan}, 1, 3).ids == std::vector<int32_t>{0, 1});
+}
+
+}  // namespace cfmoe
