@@ -195,7 +195,7 @@ TEST_CASE("targets: the fullest that runs here, else what is missing") {
   CHECK(pick_cpu_target(manifest, "m", CpuFacts{"x86_64", {"avx2", "fma", "avx512vnni"}}).name == "vnni");
   CHECK(pick_cpu_target(manifest, "m", CpuFacts{"x86_64", {}}).name == "base");
   expect_error([&] { pick_cpu_target(manifest, "m", CpuFacts{"aarch64", {"neon"}}); },
-               {"m: ", "arm needs dotprod", "base needs a x86_64 CPU", "compile the model"});
+               {"m: ", "arm needs dotprod", "base needs an x86_64 CPU", "compile the model"});
 }
 
 TEST_CASE("artifact directories, valid and damaged") {

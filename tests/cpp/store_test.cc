@@ -64,6 +64,17 @@ TEST_CASE("file handle: reads stop only at the end") {
   expect_error([&] { FileHandle::open(dir.path()); }, {"not a regular file"});
 }
 
+#if defined(__linux__)
+TEST_CASE("data file: auto falls back where direct I/O is refused, direct says so") {
+  // procfs is a file system that always refuses it.
+  std::string warning;
+  CHECK(!open_data_file("/proc/version", IoMode::kAuto, &warning).direct());
+  CHECK(warning.find("/proc/version: the file system refuses direct I/O") == 0);
+  expect_error([&] { open_data_file("/proc/version", IoMode::kDirect, &warning); },
+               {"/proc/version", "refuses direct I/O", "--io buffered"});
+}
+#endif
+
 TEST_CASE("expert store: every mode reads the same records and counts what it reads") {
   TempDir dir;
   std::string path = dir / "experts.bin";

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 def bench(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.", show_default=False)],
     memory_budget: Annotated[
-        list[str] | None, typer.Option("--memory-budget", help="Budgets, 100%,50%,64MiB for instance. [default: all experts]")
+        list[str] | None,
+        typer.Option("--memory-budget", metavar="LIST", help="Budgets, 100%,50%,64MiB for instance. [default: all experts]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the prompt: random ids.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate.")] = 64,
     threads: Annotated[
-        list[str] | None, typer.Option("--threads", help="Thread counts, 1,2 for instance. [default: one per physical core]")
+        list[str] | None,
+        typer.Option("--threads", metavar="LIST", help="Thread counts, 1,2 for instance. [default: one per physical core]"),
     ] = None,
     io: Annotated[Io, typer.Option("--io", help="How expert records are read.")] = Io.auto,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs of each configuration, interleaved.")] = 3,

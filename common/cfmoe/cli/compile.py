@@ -25,7 +25,9 @@ class Quant(StrEnum):
 def compile_command(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, tokenizer.json, *.safetensors.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The artifact directory to write.", show_default=False)],
-    target: Annotated[list[str] | None, typer.Option("--target", help="What to compile for: llvm (this CPU). [default: llvm]")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="LIST", help="What to compile for: llvm (this CPU). [default: llvm]")
+    ] = None,
     quant: Annotated[
         Quant,
         typer.Option("--quant", help="mixed: experts in 4 bits, the rest in 8. q4: attention in 4 bits too. q8, f16, f32: everything."),

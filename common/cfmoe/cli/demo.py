@@ -18,7 +18,10 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Where artifact and report go; an earlier demo's are replaced.")] = Path("out/demo"),
     as_json: JsonOption = False,
 ) -> None:
-    """Compile the embedded model, run it with 100 %, 50 % and 25 % of its expert memory, and write a report page."""
+    """Run the embedded model at three memory budgets.
+
+    Compiles it, runs one prompt with 100 %, 50 % and 25 % of the expert memory, prints a table and writes a report page.
+    """
     try:
         from cfmoe.report.demo import run_demo
     except ImportError as error:
@@ -36,21 +39,21 @@ def demo(
 
 
 def _print(result: Demo) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from cfmoe.runtime import format_size
 
     print(result.runs[0].result["text"].strip())
     print()
-    table = Table()
-    for name in ("budget", "memory", "experts", "prefill tok/s", "decode tok/s", "CHR", "read per token", "resident growth"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("experts kept", "memory", "prefill tok/s", "decode tok/s", "CHR", "read/token", "growth"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in result.runs:
         memory, decode = run.result["memory"], run.result["decode"]
         table.add_row(
-            run.budget,
+            f"{run.budget} ({memory['expert_slots']})",
             format_size(memory["budget_bytes"]),
-            f"{memory['expert_slots']}/{memory['expert_total']}",
             f"{run.result['prefill']['tokens_per_s']:,.0f}",
             f"{decode['tokens_per_s']:,.0f}",
             f"{decode['chr']:.3f}",

@@ -16,7 +16,10 @@ def doctor(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what this machine can do: CPU features, memory, tools, packages, drivers, bandwidths."""
+    """Show what this machine can do.
+
+    CPU features, memory, tools, packages, drivers and, measured, bandwidths.
+    """
     from cfmoe.measure.machine import describe
 
     facts = describe()

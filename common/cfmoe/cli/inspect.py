@@ -18,7 +18,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare its SHA-256.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what an artifact holds: model, targets, quantisation, sizes."""
+    """Show what an artifact holds, and verify it."""
     from cfmoe.artifact import Artifact
 
     opened = Artifact.open(artifact)

@@ -63,7 +63,10 @@ def run(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: one per physical core]")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt; the text streams to standard output, the metrics go to standard error."""
+    """Continue a prompt inside a memory budget.
+
+    The text streams to standard output, the metrics go to standard error.
+    """
     if not temperature:
         for name, value in (("--top-k", top_k), ("--top-p", top_p), ("--seed", seed)):
             if value is not None:

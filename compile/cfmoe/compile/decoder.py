@@ -6,7 +6,7 @@ Operations are calls of packed functions named `cfmoe.*` with their static attri
 
 from __future__ import annotations
 
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.core import wrap_nested
@@ -129,7 +129,7 @@ class Layer(nn.Module):
                 x = op.add(x, shared)
         fmt = self.quantisation["expert"]
         # Decode computes the experts of one token side by side, prefill one expert at a time over up to n tokens.
-        scratch_rows = c.top_k if n == 1 else n + (c.top_k - 1)
+        scratch_rows = c.top_k if n == 1 else tirx.max(n, c.top_k)
         scratch: list[object] = [scratch_rows, scratch_width(fmt, c.expert_ffn_size)]
         rows, _scratch = _host_step(
             "experts",

@@ -77,7 +77,7 @@ CpuFacts host_cpu() {
 #endif
 
 std::vector<std::string> missing_for(const TargetEntry& target, const CpuFacts& cpu) {
-  if (target.arch != cpu.arch) return {"a " + target.arch + " CPU"};
+  if (target.arch != cpu.arch) return {"an " + target.arch + " CPU"};
   std::vector<std::string> missing;
   for (const std::string& feature : target.features) {
     if (!cpu.features.contains(feature)) missing.push_back(feature);
