@@ -12,7 +12,7 @@
 
 namespace cfmoe {
 
-TEST_CASE("every task runs once, task i on thread i modulo size") {
+TEST_CASE("every task runs once, the tasks of a share on one thread") {
   for (int32_t threads : {1, 2, 3, 5}) {
     ThreadPool pool(threads);
     CHECK(pool.size() == threads);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing 
 ProgressCallback = Callable[[str, int, int], None]
 
 stderr = Console(stderr=True)
-stdout = Console()
+stdout = Console(width=None if sys.stdout.isatty() else 120)  # written to a file, tables need not be as narrow as a terminal
 
 
 def print_json(value: dict[str, Any]) -> None:

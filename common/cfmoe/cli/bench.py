@@ -64,19 +64,22 @@ def bench(
 
 
 def _print(workload: Workload, repeat: int, configurations: list[Configuration]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from cfmoe.runtime import format_size
 
     table = Table(
-        title=f"{workload.prompt_tokens} prompt tokens, {workload.new_tokens} new; median (min–max) of {repeat}", title_justify="left"
+        title=f"{workload.prompt_tokens} prompt tokens, {workload.new_tokens} new; median (min–max) of {repeat}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
     )
-    for name in ("budget", "memory", "experts", "threads", "prefill tok/s", "decode tok/s", "CHR", "read per new token"):
-        table.add_column(name, justify="right")
+    for name in ("budget", "memory", "experts", "threads", "prefill tok/s", "decode tok/s", "CHR", "read/token"):
+        table.add_column(name, justify="right", no_wrap=True)
     for configuration in configurations:
         result = configuration.as_json()
         rates = [
-            f"{rate['median']:,.1f} ({rate['min']:,.1f}–{rate['max']:,.1f})"
+            f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
             for rate in (result["prefill_tokens_per_s"], result["decode_tokens_per_s"])
         ]
         table.add_row(

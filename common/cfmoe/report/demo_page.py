@@ -37,13 +37,13 @@ def demo_page(runs: Sequence[DemoRun], model: str, machine: str, prompt: str, al
     rates = [run.result["decode"]["chr"] for run in runs]
     read = [run.bytes_per_token / 1024 for run in runs]
     figures = [
-        ("Decode speed", "tokens per second", bars(Bars(labels, speed, [f"{rate:,.0f}" for rate in speed]), "tok/s", SERIES[0])),
+        ("Decode speed", "tokens per second", bars(Bars(labels, speed, [f"{rate:,.0f}" for rate in speed]), SERIES[0])),
         (
             "Cache hit rate",
-            "share of expert accesses served from memory while decoding",
-            bars(Bars(labels, rates, [f"{rate:.3f}" for rate in rates]), "hits / accesses", SERIES[1], limit=1.0),
+            "of expert accesses while decoding",
+            bars(Bars(labels, rates, [f"{rate:.3f}" for rate in rates]), SERIES[1], limit=1.0),
         ),
-        ("Read from storage", "KiB per decoded token", bars(Bars(labels, read, [f"{size:,.0f}" for size in read]), "KiB", SERIES[2])),
+        ("Read from storage", "KiB per decoded token", bars(Bars(labels, read, [f"{size:,.0f}" for size in read]), SERIES[2])),
     ]
     smallest = runs[-1]
     saved = 1 - smallest.resident_bytes / runs[0].resident_bytes
@@ -128,7 +128,7 @@ figure, .card {{
   background: var(--surface); border: 1px solid var(--grid); border-radius: 10px;
 }}
 figcaption {{ margin-bottom: 10px; }}
-figcaption b {{ color: var(--ink); font-size: 15px; margin-right: 4px; }}
+figcaption b {{ display: block; color: var(--ink); font-size: 15px; }}
 figure svg {{ display: block; width: 100%; height: auto; }}
 .row {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; margin-top: 16px; }}
 .scroll {{ overflow-x: auto; padding: 6px 20px; }}

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Placeholder in the drawing → variable of the page. matplotlib writes colours as lower-case #rrggbb.
 _INK, _MUTED, _GRID, _SURFACE = "#010101", "#020202", "#030303", "#040404"
@@ -42,24 +43,27 @@ class Bars:
     texts: Sequence[str]
 
 
-def bars(data: Bars, axis: str, color: str, limit: float | None = None) -> str:
-    """Horizontal bars with direct labels."""
+def bars(data: Bars, color: str, limit: float | None = None) -> str:
+    """Horizontal bars with direct labels; the axis ends at `limit` if given. Drawn for a narrow column."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 0.62 * len(data.labels) + 0.75))
+        figure = Figure(figsize=(3.7, 0.52 * len(data.labels) + 0.45))
         axes = figure.subplots()
         axes.barh(data.labels, data.values, height=0.56, color=color)
         top = limit if limit is not None else max(max(data.values), 1e-9)
         axes.set_xlim(0, top * 1.28)
         for row, (value, text) in enumerate(zip(data.values, data.texts, strict=True)):
             axes.annotate(text, (value, row), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
-        _finish(axes, axis)
+        _finish(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        if limit is not None:
+            axes.set_xticks([limit * quarter / 4 for quarter in range(5)])
         return _svg(figure)
 
 
 def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], texts: Sequence[str], axis: str) -> str:
     """Horizontal stacked bars with a legend above; `texts` are the totals at the bars' ends."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10.6, 0.62 * len(labels) + 1.15))
+        figure = Figure(figsize=(10.4, 0.56 * len(labels) + 1.0))
         axes = figure.subplots()
         left = [0.0] * len(labels)
         for color, (name, values) in zip(SERIES, parts.items(), strict=False):
@@ -69,16 +73,16 @@ def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], te
         axes.set_xlim(0, max(left) * 1.16)
         for row, (value, text) in enumerate(zip(left, texts, strict=True)):
             axes.annotate(text, (value, row), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
-        _finish(axes, axis)
+        _finish(axes)
+        axes.set_xlabel(axis, loc="left")
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(parts), frameon=False, borderaxespad=0, handlelength=1, handleheight=1
         )
         return _svg(figure)
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: Axes) -> None:
     axes.invert_yaxis()
-    axes.set_xlabel(label, loc="left")
     axes.set_axisbelow(True)
     axes.xaxis.grid(True, color=_GRID, linewidth=0.8)
     axes.tick_params(length=0)

@@ -17,6 +17,7 @@ namespace {
 
 // Longer than the serial work between two kernels of a token, far shorter than a read from storage.
 constexpr int64_t kSpinNs = 40'000;
+constexpr int kPauses = 64;
 
 thread_local bool inside_task = false;
 
@@ -44,13 +45,17 @@ int32_t usable_cpus(std::vector<int32_t>* cpus) {
 
 // Waits until `value` differs from `old`.
 void wait_for_change(std::atomic<int>& value, int old, int64_t spin_ns) {
+  const auto changed = [&] { return value.load(std::memory_order_acquire) != old; };
+  for (int i = 0; spin_ns > 0 && i < kPauses; ++i) {
+    if (changed()) return;
+    pause_cpu();
+  }
   if (spin_ns > 0) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(spin_ns);
     do {
-      for (int i = 0; i < 64; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        pause_cpu();
-      }
+      if (changed()) return;
+      // Who is waited for may have been put on this very CPU.
+      std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < end);
   }
   value.wait(old, std::memory_order_acquire);
@@ -77,39 +82,44 @@ ThreadPool::ThreadPool(int32_t threads) : size_(threads > 0 ? threads : physical
   std::vector<int32_t> cpus;
   // A spinning thread that shares its CPU with the one it waits for only delays it.
   spin_ns_ = usable_cpus(&cpus) >= size_ ? kSpinNs : 0;
-  workers_ = std::make_unique<Worker[]>(static_cast<size_t>(size_));
-  for (int32_t i = 1; i < size_; ++i) workers_[i].thread = std::thread([this, i] { work(i); });
+  shares_ = std::make_unique<Share[]>(static_cast<size_t>(size_));
+  for (int32_t i = 1; i < size_; ++i) shares_[i].worker = std::thread([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
   stop_ = true;
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
-  for (int32_t i = 1; i < size_; ++i) workers_[i].thread.join();
+  round_.fetch_add(1, std::memory_order_release);
+  round_.notify_all();
+  for (int32_t i = 1; i < size_; ++i) shares_[i].worker.join();
 }
 
 bool ThreadPool::concurrent() const { return size_ > 1 && !inside_task && !busy_.load(std::memory_order_relaxed); }
 
+// A round ends only after each of its shares was claimed and run: whoever claims one finds that round's task unchanged.
+bool ThreadPool::claim(int32_t index, uint32_t round) {
+  uint32_t before = round - 1;
+  return shares_[index].claimed.compare_exchange_strong(before, round, std::memory_order_acq_rel, std::memory_order_relaxed);
+}
+
 void ThreadPool::work(int32_t index) {
   inside_task = true;
-  int seen = 0;
-  for (;;) {
-    wait_for_change(generation_, seen, spin_ns_);
-    // A round starts only when every worker has ended the one before, so none can be missed.
-    seen = static_cast<int>(static_cast<unsigned>(seen) + 1);
+  for (int seen = 0;;) {
+    wait_for_change(round_, seen, spin_ns_);
+    seen = round_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (!claim(index, static_cast<uint32_t>(seen))) continue;
     run_share(index);
     if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
   }
 }
 
 void ThreadPool::run_share(int32_t index) {
-  Worker& self = workers_[index];
-  self.result = 0;
+  Share& share = shares_[index];
+  share.result = 0;
   try {
-    for (int32_t i = index; i < num_tasks_ && self.result == 0; i += size_) self.result = task_(i, data_);
+    for (int32_t i = index; i < num_tasks_ && share.result == 0; i += size_) share.result = task_(i, data_);
   } catch (...) {
-    self.exception = std::current_exception();
+    share.exception = std::current_exception();
   }
 }
 
@@ -125,10 +135,15 @@ int ThreadPool::run(int32_t num_tasks, Task task, void* data) {
   task_ = task;
   data_ = data;
   pending_.store(size_ - 1, std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
-  generation_.notify_all();
+  const uint32_t round = static_cast<uint32_t>(round_.fetch_add(1, std::memory_order_release)) + 1;
+  round_.notify_all();
   inside_task = true;
   run_share(0);
+  for (int32_t i = 1; i < size_; ++i) {
+    if (!claim(i, round)) continue;
+    run_share(i);
+    pending_.fetch_sub(1, std::memory_order_acq_rel);
+  }
   inside_task = false;
   for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire)) {
     wait_for_change(pending_, left, spin_ns_);
@@ -136,9 +151,9 @@ int ThreadPool::run(int32_t num_tasks, Task task, void* data) {
   int result = 0;
   std::exception_ptr exception;
   for (int32_t i = 0; i < size_; ++i) {
-    if (!exception && workers_[i].exception) exception = workers_[i].exception;
-    workers_[i].exception = nullptr;
-    if (result == 0) result = workers_[i].result;
+    if (!exception && shares_[i].exception) exception = shares_[i].exception;
+    shares_[i].exception = nullptr;
+    if (result == 0) result = shares_[i].result;
   }
   busy_.store(false, std::memory_order_release);
   if (exception) std::rethrow_exception(exception);

@@ -23,8 +23,10 @@ class ThreadPool {
   int32_t size() const { return size_; }
   // True where a call to run() would spread its tasks, so that tasks may wait for one another if there are at most size() of them.
   bool concurrent() const;
-  // Runs task(0…num_tasks-1), task i on thread i % size(), and returns when all have ended: 0, or the non-zero result of the lowest
-  // failing thread. An exception of a task is thrown again here. A nested call, or one while the pool is busy, runs inline.
+  // Runs task(0…num_tasks-1) and returns when all have ended: 0, or the non-zero result of the lowest failing share; an exception of a task
+  // is thrown again here. Share s is the tasks s, s + size(), … in this order on one thread: the caller for share 0, a worker for each
+  // other, or the caller where that worker has not begun when the caller's own share has ended (the system may have given its CPU to
+  // somebody else). A nested call, or one while the pool is busy, runs inline.
   int run(int32_t num_tasks, Task task, void* data);
 
   template <typename F>
@@ -33,23 +35,26 @@ class ThreadPool {
   }
 
  private:
-  struct alignas(64) Worker {
-    std::thread thread;
+  struct alignas(64) Share {
+    std::thread worker;
+    std::atomic<uint32_t> claimed{0};  // the last round in which somebody took it
     int result = 0;
     std::exception_ptr exception;
   };
   void work(int32_t index);
+  bool claim(int32_t index, uint32_t round);
   void run_share(int32_t index);
 
   int32_t size_;
   int64_t spin_ns_;
-  std::unique_ptr<Worker[]> workers_;
+  std::unique_ptr<Share[]> shares_;
   std::atomic<bool> busy_{false};
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   int32_t num_tasks_ = 0;
   Task task_ = nullptr;
   void* data_ = nullptr;
-  alignas(64) std::atomic<int> generation_{0};
+  // The rest describes the round under way: written before round_, read by who has claimed a share of it.
+  alignas(64) std::atomic<int> round_{0};
   alignas(64) std::atomic<int> pending_{0};
 };
 

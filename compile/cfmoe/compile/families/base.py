@@ -43,8 +43,9 @@ class ConfigReader:
     def token_ids(self, field: str) -> tuple[int, ...]:
         value = self.config.get(field)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-            raise self.fail(field, f"is {value!r}, but must be a token id or a list of them")
+        vocab = self.integer("vocab_size")
+        if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < vocab for v in values):
+            raise self.fail(field, f"is {value!r}, but must be null, a token id below vocab_size = {vocab} or a list of them")
         return tuple(values)
 
     def rope_theta(self) -> float:
