@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ def minimum_budget(artifact: Path) -> int:
     """The smallest budget in bytes, as the refusal names it."""
     with pytest.raises(CFMoEError) as refused:
         Engine(artifact, memory_budget=1)
-    numbers = [int(word) for word in str(refused.value).replace(",", "").split() if word.isdigit()]
-    return max(n for n in numbers if n > 1 << 16)
+    found = re.search(r"\((\d+) bytes\)", str(refused.value))
+    assert found is not None, str(refused.value)
+    return int(found[1])
 
 
 def generate(artifact: Path, prompt: int, sampling: Sampling, budget: int | str | None, io: str, threads: int | None = None) -> list[int]:
@@ -57,7 +59,9 @@ def test_parts_add_up_to_at_most_the_budget(budget: str, demo_artifact: Path) ->
 RESIDENT = """
 import sys
 from cfmoe.runtime import Engine
+from cfmoe.runtime._capi import library
 from cfmoe.runtime.memory import PeakGrowth
+library()
 artifact, budget, io = sys.argv[1:]
 with PeakGrowth() as peak, Engine(artifact, memory_budget=budget, io=io) as engine, engine.session() as session:
     session.generate([(31 * i + 7) % 8000 + 10 for i in range(700)], 48, stop_tokens=[])

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from cfmoe.cli import bench, compile, demo, doctor, inspect, run, score
@@ -67,13 +68,22 @@ def _run(arguments: list[str]) -> int:
     except RuntimeFault as error:
         return _complain(str(error), EXIT_FAULT)
     except TyperException as error:
-        return _complain(error.format_message(), EXIT_USER)
+        return _complain(_usage_message(error), EXIT_USER)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAULT
+
+
+def _usage_message(error: TyperException) -> str:
+    """Typer's message, with the value that it leaves out where a value is not what its type wants."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    cause = error.__cause__
+    problems = cause.errors() if isinstance(cause, ValidationError) else []
+    values = [repr(problem["input"]) for problem in problems if repr(problem["input"]) not in message]
+    return f"{message}; given {', '.join(values)}" if values else message
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.resources
+import importlib.util
 import sys
+from pathlib import Path
 from ctypes import (
     CDLL,
     CFUNCTYPE,
@@ -156,12 +158,25 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
 }
 
 
+def _load_tvm_ffi() -> None:
+    """Loads libtvm_ffi, which libcfmoe then finds in the process wherever either is installed.
+
+    Not by importing tvm_ffi: that imports torch where torch is installed, 200 MB that a run does not need.
+    """
+    spec = importlib.util.find_spec("tvm_ffi")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeFault("the package apache-tvm-ffi is missing: install cfmoe again")
+    name = {"darwin": "libtvm_ffi.dylib", "win32": "tvm_ffi.dll"}.get(sys.platform, "libtvm_ffi.so")
+    path = Path(spec.submodule_search_locations[0]) / "lib" / name
+    if not path.exists():
+        raise RuntimeFault(f"{path} is missing: install apache-tvm-ffi again")
+    CDLL(str(path))
+
+
 @functools.cache
 def library() -> CDLL:
     """libcfmoe, loaded once. Raises RuntimeFault where it is missing or of another version."""
-    # Importing it loads libtvm_ffi, which libcfmoe then finds in the process wherever either is installed.
-    import tvm_ffi  # noqa: F401
-
+    _load_tvm_ffi()
     name = {"darwin": "libcfmoe.dylib", "win32": "cfmoe.dll"}.get(sys.platform, "libcfmoe.so")
     resource = importlib.resources.files("cfmoe.runtime").joinpath(name)
     with importlib.resources.as_file(resource) as path:
