@@ -30,7 +30,8 @@ TEST_CASE("bytes become slots, at most all") {
 
 TEST_CASE("a budget too small is refused with one that works") {
   test::expect_error([] { plan(kSmallest - 1); },
-                     {"--memory-budget", "is below the smallest", std::to_string(kSmallest) + " bytes", "--context-size", "4 experts"});
+                     {"--memory-budget", "is below the smallest", std::to_string(kSmallest) + " bytes",
+                      "--context-size", "4 experts"});
   test::expect_error([] { plan(3 << 20); }, {"--memory-budget 3.00 MiB", "4.54 MiB"});
   test::expect_error([] { plan(1); }, {"0.01 MiB"});
 }

@@ -17,22 +17,33 @@ namespace cfmoe {
 namespace {
 
 std::string program(bool decode) {
-  const std::string n = decode ? "1" : "\"n\"", rows = decode ? "2" : "[\"mul\", \"n\", 2]", most = decode ? "2" : "[\"max\", \"n\", 2]";
+  const std::string n = decode ? "1" : "\"n\"", rows = decode ? "2" : "[\"mul\", \"n\", 2]",
+                    most = decode ? "2" : "[\"max\", \"n\", 2]";
   std::string buffers = R"([{"kind": "input", "name": "tokens", "dtype": "int32", "shape": [)" + n + R"(]},
     {"kind": "weight", "name": "embedding", "dtype": "int32", "shape": [256]},
-    {"kind": "workspace", "offset": 0, "dtype": "float32", "shape": [)" + n + R"(, 64]},
-    {"kind": "workspace", "offset": 4096, "dtype": "float32", "shape": [)" + n + R"(, 16]},
-    {"kind": "workspace", "offset": 5120, "dtype": "int32", "shape": [)" + n + R"(, 2]},
-    {"kind": "workspace", "offset": 5248, "dtype": "float32", "shape": [)" + n + R"(, 2]},
-    {"kind": "workspace", "offset": 5376, "dtype": "int32", "shape": [)" + n + R"(, 32]},
-    {"kind": "workspace", "offset": 7424, "dtype": "float32", "shape": [)" + rows + R"(, 64]},
-    {"kind": "workspace", "offset": 15616, "dtype": "int32", "shape": [)" + most + R"(, 16]})";
+    {"kind": "workspace", "offset": 0, "dtype": "float32", "shape": [)" +
+                        n + R"(, 64]},
+    {"kind": "workspace", "offset": 4096, "dtype": "float32", "shape": [)" +
+                        n + R"(, 16]},
+    {"kind": "workspace", "offset": 5120, "dtype": "int32", "shape": [)" +
+                        n + R"(, 2]},
+    {"kind": "workspace", "offset": 5248, "dtype": "float32", "shape": [)" +
+                        n + R"(, 2]},
+    {"kind": "workspace", "offset": 5376, "dtype": "int32", "shape": [)" +
+                        n + R"(, 32]},
+    {"kind": "workspace", "offset": 7424, "dtype": "float32", "shape": [)" +
+                        rows + R"(, 64]},
+    {"kind": "workspace", "offset": 15616, "dtype": "int32", "shape": [)" +
+                        most + R"(, 16]})";
   std::string steps = R"([{"op": "call", "kernel": "embed", "args": [{"buffer": 0}, {"buffer": 1}, {"buffer": 2}]})";
   for (int layer = 0; layer < 2; ++layer) {
-    const std::string number = std::to_string(layer), k = std::to_string(9 + 2 * layer), v = std::to_string(10 + 2 * layer);
-    buffers += R"(, {"kind": "k_cache", "layer": )" + number + R"(, "dtype": "float16", "shape": [2, ["floordiv", "context", 16], 16, 16]})";
+    const std::string number = std::to_string(layer), k = std::to_string(9 + 2 * layer),
+                      v = std::to_string(10 + 2 * layer);
+    buffers += R"(, {"kind": "k_cache", "layer": )" + number +
+               R"(, "dtype": "float16", "shape": [2, ["floordiv", "context", 16], 16, 16]})";
     buffers += R"(, {"kind": "v_cache", "layer": )" + number + R"(, "dtype": "float16", "shape": [2, "context", 16]})";
-    steps += R"(, {"op": "call", "kernel": "attend", "args": [{"buffer": 2}, {"buffer": )" + k + "}, {\"buffer\": " + v + "}, {\"scalar\": \"position\"}]}";
+    steps += R"(, {"op": "call", "kernel": "attend", "args": [{"buffer": 2}, {"buffer": )" + k +
+             "}, {\"buffer\": " + v + "}, {\"scalar\": \"position\"}]}";
     steps += R"(, {"op": "call", "kernel": "route_logits", "args": [{"buffer": 2}, {"buffer": 3}, {"buffer": 6}]})";
     steps += R"(, {"op": "route", "layer": )" + number + R"(, "logits": 3, "ids": 4, "weights": 5})";
     steps += R"(, {"op": "experts", "layer": )" + number + R"(, "activation": 6, "ids": 4, "rows": 7, "scratch": 8})";
@@ -47,7 +58,8 @@ std::string plan_text() {
     "experts": {"gate_up": {"prefill": "gate_up", "decode": "gate_up", "tiles": 1}, "down": {"prefill": "down", "decode": "down", "tiles": 2},
                 "slab_dtypes": ["int32", "float16"]},
     "programs": {"prefill": )" +
-         program(false) + R"(, "decode": )" + program(true) + R"(, "head": {"workspace_bytes": 512, "output": 1, "buffers": [
+         program(false) + R"(, "decode": )" + program(true) +
+         R"(, "head": {"workspace_bytes": 512, "output": 1, "buffers": [
         {"kind": "input", "name": "hidden", "dtype": "float32", "shape": [1, 64]},
         {"kind": "workspace", "offset": 64, "dtype": "float32", "shape": [1, 100]}],
       "steps": [{"op": "call", "kernel": "head", "args": [{"buffer": 0}, {"buffer": 1}]}]}}})";
@@ -83,7 +95,8 @@ std::vector<int32_t> prompt(int32_t length) {
   return tokens;
 }
 
-std::vector<int32_t> generate(Session& session, const std::vector<int32_t>& tokens, uint32_t count, float temperature = 0) {
+std::vector<int32_t> generate(Session& session, const std::vector<int32_t>& tokens, uint32_t count,
+                              float temperature = 0) {
   std::vector<int32_t> out;
   SamplingOptions sampling;
   sampling.temperature = temperature;
@@ -203,7 +216,8 @@ TEST_CASE("stop tokens, callbacks and the end of the context end generation") {
   session.generate(prompt(5), 100, {}, stop, take);
   CHECK(taken.size() == (free_run[0] == free_run[1] ? 0 : 1));
   session.reset();
-  test::expect_error([&] { generate(session, prompt(21), 1); }, {"21 tokens", "context of 20", "--context-size", "128"});
+  test::expect_error([&] { generate(session, prompt(21), 1); },
+                     {"21 tokens", "context of 20", "--context-size", "128"});
   test::expect_error([&] { generate(session, {5, 100}, 1); }, {"token 100", "vocabulary"});
   test::expect_error([&] { generate(session, {}, 1); }, {"no tokens"});
   test::expect_error([&] { Session second(engine); }, {"already has a session"});
@@ -238,9 +252,12 @@ TEST_CASE("what is wrong with kernels and plans is told") {
   test::expect_error([&] { open("\"embed\"", "\"nothing\""); }, {"kernels.so", "no kernel nothing"});
   test::expect_error([&] { open("\"embed\"", "\"broken\""); }, {"kernel broken failed", "broken on purpose"});
   test::expect_error([&] { open("[2, \"context\", 16]}, {", "[4, \"context\", 16]}, {"); }, {"KV cache"});
-  test::expect_error([&] { open("{\"op\": \"route\", \"layer\": 0, \"logits\": 3, \"ids\": 4, \"weights\": 5}, {",
-                               "{\"op\": \"call\", \"kernel\": \"spoil\", \"args\": [{\"buffer\": 4}]}, {"); },
-                     {"not routed"});
+  test::expect_error(
+      [&] {
+        open("{\"op\": \"route\", \"layer\": 0, \"logits\": 3, \"ids\": 4, \"weights\": 5}, {",
+             "{\"op\": \"call\", \"kernel\": \"spoil\", \"args\": [{\"buffer\": 4}]}, {");
+      },
+      {"not routed"});
 }
 
 TEST_CASE("the C API reports errors and checks its arguments") {
@@ -272,13 +289,15 @@ TEST_CASE("the C API reports errors and checks its arguments") {
   int32_t tokens[2] = {1, 2}, out[8];
   uint32_t count = 99;
   const int32_t none = 0;
-  CHECK(cfmoe_session_generate(session, tokens, 2, 8, nullptr, &none, 0, nullptr, nullptr, out, &count, error, sizeof(error)) == CFMOE_OK);
+  CHECK(cfmoe_session_generate(session, tokens, 2, 8, nullptr, &none, 0, nullptr, nullptr, out, &count, error,
+                               sizeof(error)) == CFMOE_OK);
   CHECK(count == 8);
   CHECK(cfmoe_session_position(session) == 10);
   cfmoe_sampling sampling;
   cfmoe_sampling_init(&sampling);
   sampling.top_p = 2;
-  CHECK(cfmoe_session_generate(session, tokens, 2, 8, &sampling, nullptr, 0, nullptr, nullptr, out, &count, error, sizeof(error)) == CFMOE_USER);
+  CHECK(cfmoe_session_generate(session, tokens, 2, 8, &sampling, nullptr, 0, nullptr, nullptr, out, &count, error,
+                               sizeof(error)) == CFMOE_USER);
   CHECK(count == 0);
   CHECK(cfmoe_session_feed(session, nullptr, 2, 0, nullptr, error, sizeof(error)) == CFMOE_USER);
   cfmoe_session_destroy(session);

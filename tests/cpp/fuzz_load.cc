@@ -73,17 +73,10 @@ class Mutator {
       case 0:
         if (!text->empty()) (*text)[at] = static_cast<char>(static_cast<unsigned char>((*text)[at]) ^ (1u << below(8)));
         break;
-      case 1:
-        text->insert(at, 1, kBytes[below(kBytes.size())]);
-        break;
-      case 2:
-        text->erase(at, 1 + below(20));
-        break;
-      case 3:
-        text->insert(at, text->substr(below(text->size()), below(40)));
-        break;
-      default:
-        replace_token(text, at, kValues[below(kValues.size())]);
+      case 1: text->insert(at, 1, kBytes[below(kBytes.size())]); break;
+      case 2: text->erase(at, 1 + below(20)); break;
+      case 3: text->insert(at, text->substr(below(text->size()), below(40))); break;
+      default: replace_token(text, at, kValues[below(kValues.size())]);
     }
   }
 
@@ -109,9 +102,8 @@ std::vector<Target> targets() {
        [](const std::string& text) { parse_index(text, "index.json", 4096, kStride * kLayers * kExperts); }},
       {"plan", test::plan_text(),
        [manifest = parse_manifest(test::manifest_text(test::artifact_contents()), "manifest.json"),
-        index = parse_index(test::index_text(), "index.json", 4096, kStride * kLayers * kExperts)](const std::string& text) {
-         parse_plan(text, "plan.json", manifest, index);
-       }},
+        index = parse_index(test::index_text(), "index.json", 4096, kStride * kLayers * kExperts)](
+           const std::string& text) { parse_plan(text, "plan.json", manifest, index); }},
   };
 }
 

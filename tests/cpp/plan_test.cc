@@ -65,7 +65,9 @@ TEST_CASE("expressions") {
 }
 
 TEST_CASE("expressions that are refused") {
-  const auto bad = [](const std::string& text, const std::string& part) { test::expect_error([&] { expression(text); }, {part}); };
+  const auto bad = [](const std::string& text, const std::string& part) {
+    test::expect_error([&] { expression(text); }, {part});
+  };
   bad(R"(["floordiv", "n", "position"])", "divisor");
   bad(R"(["floormod", "n", 0])", "divisor");
   bad(R"(["floordiv", "n", ["sub", 0, 2]])", "divisor");

@@ -1,13 +1,14 @@
-// A library of kernels as the compiler would make one, for a toy model: arithmetic on small integers, exact in fp32, the same for one token as
-// for many. Expert kernels read their record, so a wrong slot, row or tile changes the result.
+// A library of kernels as the compiler would make one, for a toy model: arithmetic on small integers, exact in fp32,
+// the same for one token as for many. Expert kernels read their record, so a wrong slot, row or tile changes the
+// result.
 #include <dlpack/dlpack.h>
 #include <tvm/ffi/c_api.h>
 
 #include <cstdint>
 
-#define KERNEL(name)                                                                                                  \
-  extern "C" __attribute__((visibility("default"))) int __tvm_ffi_##name(void*, [[maybe_unused]] const TVMFFIAny* args, int32_t count, \
-                                                                         TVMFFIAny*)
+#define KERNEL(name)                                                      \
+  extern "C" __attribute__((visibility("default"))) int __tvm_ffi_##name( \
+      void*, [[maybe_unused]] const TVMFFIAny* args, int32_t count, TVMFFIAny*)
 
 extern "C" {
 struct ParallelGroup {
@@ -32,7 +33,8 @@ bool well_formed(const TVMFFIAny* args, int32_t count) {
     if (args[i].type_index == kTVMFFIInt) continue;
     if (args[i].type_index != kTVMFFIDLTensorPtr) return false;
     const DLTensor* t = tensor(args[i]);
-    if (reinterpret_cast<uintptr_t>(t->data) % 64 != 0 || t->byte_offset != 0 || t->device.device_type != kDLCPU) return false;
+    if (reinterpret_cast<uintptr_t>(t->data) % 64 != 0 || t->byte_offset != 0 || t->device.device_type != kDLCPU)
+      return false;
   }
   return true;
 }
@@ -80,7 +82,8 @@ int route_rows(int task, ParallelGroup* group, void* opaque) {
   const int64_t n = extent(args[0], 0);
   for (int64_t t = n * task / group->num_task; t < n * (task + 1) / group->num_task; ++t) {
     const float* hidden = data<float>(args[0]) + t * 64;
-    for (int64_t e = 0; e < extent(args[1], 1); ++e) data<float>(args[1])[t * extent(args[1], 1) + e] = hidden[e] * 0.25F;
+    for (int64_t e = 0; e < extent(args[1], 1); ++e)
+      data<float>(args[1])[t * extent(args[1], 1) + e] = hidden[e] * 0.25F;
     for (int64_t j = 0; j < 32; ++j) data<int32_t>(args[2])[t * 32 + j] = static_cast<int32_t>(hidden[j]);
   }
   return 0;
@@ -103,7 +106,8 @@ KERNEL(gate_up) {
     for (int64_t r = 0; r < extent(args[1], 0); ++r) {
       const int32_t* activation = data<int32_t>(args[0]) + int64_t{data<int32_t>(args[1])[r]} * 32;
       for (int64_t j = 0; j < 16; ++j) {
-        data<int32_t>(args[4])[r * 16 + j] = static_cast<int32_t>((record[j] + static_cast<uint32_t>(activation[j])) & 0xffff);
+        data<int32_t>(args[4])[r * 16 + j] =
+            static_cast<int32_t>((record[j] + static_cast<uint32_t>(activation[j])) & 0xffff);
       }
     }
   }

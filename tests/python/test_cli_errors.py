@@ -24,7 +24,7 @@ from support import ROOT, Cli, error_line
         (["run", "a", "--prompt", "x", "--threads", "0"], "Input should be greater than or equal to 1; given '0'"),
         (
             ["run", "a", "--prompt", "x", "--threads", "two"],
-            "Input should be a valid integer, unable to parse string as an integer; given 'two'",
+            "unable to parse string as an integer; given 'two'",
         ),
         (["run", "a", "--prompt", "x", "--top-k", "5"], "--top-k 5 does nothing without --temperature"),
         (["run", "a", "--prompt", "x", "--top-p", "0.5", "--temperature", "0"], "--top-p 0.5 does nothing without --temperature"),

@@ -9,7 +9,6 @@ from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
-from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from cfmoe.cli import bench, compile, demo, doctor, inspect, run, score
@@ -80,8 +79,8 @@ def _run(arguments: list[str]) -> int:
 def _usage_message(error: TyperException) -> str:
     """Typer's message, with the value that it leaves out where a value is not what its type wants."""
     message = error.format_message().replace("Value error, ", "").rstrip(".")
-    cause = error.__cause__
-    problems = cause.errors() if isinstance(cause, ValidationError) else []
+    errors = getattr(error.__cause__, "errors", None)  # pydantic's, by which typer converts values
+    problems = errors() if callable(errors) else []
     values = [repr(problem["input"]) for problem in problems if repr(problem["input"]) not in message]
     return f"{message}; given {', '.join(values)}" if values else message
 

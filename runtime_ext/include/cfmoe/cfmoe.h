@@ -1,7 +1,8 @@
 /* The C API of the CFMoE runtime. Keep this header narrow: two opaque handles, plain structs, token ids in and out.
  *
- * Every fallible call returns a cfmoe_status and, unless CFMOE_OK, writes one NUL-terminated line into `error` (cut to `error_size`). No
- * exception crosses this boundary. An engine and its sessions belong to one thread at a time; cfmoe_session_cancel may be called from any.
+ * Every fallible call returns a cfmoe_status and, unless CFMOE_OK, writes one NUL-terminated line into `error` (cut to
+ * `error_size`). No exception crosses this boundary. An engine and its sessions belong to one thread at a time;
+ * cfmoe_session_cancel may be called from any.
  */
 #ifndef CFMOE_CFMOE_H_
 #define CFMOE_CFMOE_H_
@@ -23,8 +24,8 @@ extern "C" {
 
 typedef enum cfmoe_status {
   CFMOE_OK = 0,
-  CFMOE_INTERNAL = 1,  /* a fault of the runtime or the machine */
-  CFMOE_USER = 2,      /* the caller can mend it; the message says how */
+  CFMOE_INTERNAL = 1, /* a fault of the runtime or the machine */
+  CFMOE_USER = 2,     /* the caller can mend it; the message says how */
   CFMOE_CANCELLED = 3
 } cfmoe_status;
 
@@ -32,14 +33,15 @@ typedef struct cfmoe_engine cfmoe_engine;
 typedef struct cfmoe_session cfmoe_session;
 
 typedef struct cfmoe_engine_options {
-  uint32_t struct_size;   /* sizeof(cfmoe_engine_options) */
-  uint64_t budget_bytes;  /* everything: weights, KV, workspace, pool. 0: see expert_percent */
-  double expert_percent;  /* with budget_bytes 0: fixed parts + floor(percent of all experts) slots. 0: all experts if memory allows */
-  uint32_t context_size;  /* tokens; 0: min(the model's, 4096) */
-  int32_t threads;        /* 0: one per physical core */
-  const char* io;         /* "auto", "direct", "buffered", "mmap"; NULL: auto */
-  const char* policy;     /* NULL: the default policy */
-  int32_t log_events;     /* keep the per-access event log */
+  uint32_t struct_size;  /* sizeof(cfmoe_engine_options) */
+  uint64_t budget_bytes; /* everything: weights, KV, workspace, pool. 0: see expert_percent */
+  double expert_percent; /* with budget_bytes 0: fixed parts + floor(percent of all experts) slots. 0: all experts if
+                            memory allows */
+  uint32_t context_size; /* tokens; 0: min(the model's, 4096) */
+  int32_t threads;       /* 0: one per physical core */
+  const char* io;        /* "auto", "direct", "buffered", "mmap"; NULL: auto */
+  const char* policy;    /* NULL: the default policy */
+  int32_t log_events;    /* keep the per-access event log */
 } cfmoe_engine_options;
 
 typedef struct cfmoe_memory {
@@ -48,7 +50,7 @@ typedef struct cfmoe_memory {
   uint64_t kv_bytes;
   uint64_t workspace_bytes;
   uint64_t pool_bytes;
-  uint64_t arena_bytes; /* memory outside the pool only */
+  uint64_t arena_bytes;  /* memory outside the pool only */
   uint64_t mapped_bytes; /* of experts.bin, with mmap; not part of the budget */
   uint32_t expert_slots;
   uint32_t expert_total;
@@ -67,7 +69,7 @@ typedef struct cfmoe_phase_metrics {
 typedef struct cfmoe_metrics {
   cfmoe_phase_metrics prefill;
   cfmoe_phase_metrics decode;
-  uint64_t first_32_hits;     /* of the first 32 decoded tokens */
+  uint64_t first_32_hits; /* of the first 32 decoded tokens */
   uint64_t first_32_accesses;
 } cfmoe_metrics;
 
@@ -103,12 +105,12 @@ CFMOE_API const char* cfmoe_version(void);
 CFMOE_API void cfmoe_engine_options_init(cfmoe_engine_options* options);
 CFMOE_API void cfmoe_sampling_init(cfmoe_sampling* sampling);
 
-CFMOE_API cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options* options, cfmoe_engine** out, char* error,
-                                         size_t error_size);
+CFMOE_API cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options* options, cfmoe_engine** out,
+                                         char* error, size_t error_size);
 CFMOE_API void cfmoe_engine_close(cfmoe_engine* engine); /* after its sessions; NULL is allowed */
 CFMOE_API void cfmoe_engine_model(const cfmoe_engine* engine, cfmoe_model_info* out);
 CFMOE_API void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out);
-CFMOE_API const char* cfmoe_engine_io(const cfmoe_engine* engine);      /* what "auto" became */
+CFMOE_API const char* cfmoe_engine_io(const cfmoe_engine* engine); /* what "auto" became */
 CFMOE_API const char* cfmoe_engine_policy(const cfmoe_engine* engine);
 CFMOE_API const char* cfmoe_engine_warning(const cfmoe_engine* engine); /* "" if none */
 
@@ -119,16 +121,18 @@ CFMOE_API void cfmoe_session_destroy(cfmoe_session* session);
 CFMOE_API cfmoe_status cfmoe_session_reset(cfmoe_session* session, char* error, size_t error_size);
 CFMOE_API uint32_t cfmoe_session_position(const cfmoe_session* session);
 
-/* Prefills `tokens` and generates up to `max_new_tokens`, into `out_tokens` (room for max_new_tokens) if not NULL. Stops at a stop token, which
- * is not reported: the model's own end tokens unless `stop_tokens` is given (NULL: the model's; count 0 with a non-NULL pointer: none). */
+/* Prefills `tokens` and generates up to `max_new_tokens`, into `out_tokens` (room for max_new_tokens) if not NULL.
+ * Stops at a stop token, which is not reported: the model's own end tokens unless `stop_tokens` is given (NULL: the
+ * model's; count 0 with a non-NULL pointer: none). */
 CFMOE_API cfmoe_status cfmoe_session_generate(cfmoe_session* session, const int32_t* tokens, uint32_t token_count,
-                                              uint32_t max_new_tokens, const cfmoe_sampling* sampling, const int32_t* stop_tokens,
-                                              uint32_t stop_token_count, cfmoe_token_callback callback, void* user,
-                                              int32_t* out_tokens, uint32_t* out_count, char* error, size_t error_size);
-/* Feeds `tokens` after what the session has seen. Writes the logits behind every one of them (token_count * vocab_size floats) if `logits` is
- * not NULL. Short inputs (`decode` != 0) run token by token through the decode program. */
-CFMOE_API cfmoe_status cfmoe_session_feed(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, int decode,
-                                          float* logits, char* error, size_t error_size);
+                                              uint32_t max_new_tokens, const cfmoe_sampling* sampling,
+                                              const int32_t* stop_tokens, uint32_t stop_token_count,
+                                              cfmoe_token_callback callback, void* user, int32_t* out_tokens,
+                                              uint32_t* out_count, char* error, size_t error_size);
+/* Feeds `tokens` after what the session has seen. Writes the logits behind every one of them (token_count * vocab_size
+ * floats) if `logits` is not NULL. Short inputs (`decode` != 0) run token by token through the decode program. */
+CFMOE_API cfmoe_status cfmoe_session_feed(cfmoe_session* session, const int32_t* tokens, uint32_t token_count,
+                                          int decode, float* logits, char* error, size_t error_size);
 CFMOE_API void cfmoe_session_cancel(cfmoe_session* session);
 
 CFMOE_API void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out);

@@ -28,7 +28,8 @@ void write_error(const std::string& message, char* error, size_t error_size) {
   if (error == nullptr || error_size == 0) return;
   size_t length = std::min(message.size(), error_size - 1);
   // Never half a character.
-  while (length < message.size() && length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0U) == 0x80U) --length;
+  while (length < message.size() && length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0U) == 0x80U)
+    --length;
   for (size_t i = 0; i < length; ++i) error[i] = message[i] == '\n' || message[i] == '\r' ? ' ' : message[i];
   error[length] = '\0';
 }
@@ -73,7 +74,13 @@ std::span<const int32_t> token_span(const int32_t* tokens, uint32_t count) {
 }
 
 cfmoe_phase_metrics phase_metrics(const cfmoe::PhaseCost& cost, const cfmoe::PhaseMetrics& cache) {
-  return {cost.tokens, cost.seconds, cache.hits, cache.misses, cache.prefetched, cache.bytes_read, static_cast<double>(cache.stall_ns) * 1e-6};
+  return {cost.tokens,
+          cost.seconds,
+          cache.hits,
+          cache.misses,
+          cache.prefetched,
+          cache.bytes_read,
+          static_cast<double>(cache.stall_ns) * 1e-6};
 }
 
 }  // namespace
@@ -95,8 +102,8 @@ void cfmoe_sampling_init(cfmoe_sampling* sampling) {
   sampling->repetition_penalty = 1.0F;
 }
 
-cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options* options, cfmoe_engine** out, char* error,
-                               size_t error_size) {
+cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options* options, cfmoe_engine** out,
+                               char* error, size_t error_size) {
   if (out != nullptr) *out = nullptr;
   return guarded(error, error_size, [&] {
     require(artifact != nullptr && out != nullptr, "artifact or out is NULL");
@@ -120,14 +127,10 @@ void cfmoe_engine_close(cfmoe_engine* engine) { delete engine; }
 void cfmoe_engine_model(const cfmoe_engine* engine, cfmoe_model_info* out) {
   if (engine == nullptr || out == nullptr) return;
   const cfmoe::ModelFacts& model = engine->engine.model();
-  *out = {static_cast<uint32_t>(model.vocab_size),
-          engine->engine.context_size(),
-          static_cast<uint32_t>(model.num_layers),
-          static_cast<uint32_t>(model.moe_layers.size()),
-          static_cast<uint32_t>(model.num_experts),
-          static_cast<uint32_t>(model.top_k),
-          static_cast<uint32_t>(engine->engine.chunk()),
-          engine->engine.experts().record_bytes};
+  *out = {static_cast<uint32_t>(model.vocab_size),       engine->engine.context_size(),
+          static_cast<uint32_t>(model.num_layers),       static_cast<uint32_t>(model.moe_layers.size()),
+          static_cast<uint32_t>(model.num_experts),      static_cast<uint32_t>(model.top_k),
+          static_cast<uint32_t>(engine->engine.chunk()), engine->engine.experts().record_bytes};
 }
 
 void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out) {
@@ -146,8 +149,12 @@ void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out) {
 }
 
 const char* cfmoe_engine_io(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.io(); }
-const char* cfmoe_engine_policy(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.policy().c_str(); }
-const char* cfmoe_engine_warning(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.warning().c_str(); }
+const char* cfmoe_engine_policy(const cfmoe_engine* engine) {
+  return engine == nullptr ? "" : engine->engine.policy().c_str();
+}
+const char* cfmoe_engine_warning(const cfmoe_engine* engine) {
+  return engine == nullptr ? "" : engine->engine.warning().c_str();
+}
 
 cfmoe_status cfmoe_session_create(cfmoe_engine* engine, cfmoe_session** out, char* error, size_t error_size) {
   if (out != nullptr) *out = nullptr;
@@ -166,12 +173,14 @@ cfmoe_status cfmoe_session_reset(cfmoe_session* session, char* error, size_t err
   });
 }
 
-uint32_t cfmoe_session_position(const cfmoe_session* session) { return session == nullptr ? 0 : session->session.position(); }
+uint32_t cfmoe_session_position(const cfmoe_session* session) {
+  return session == nullptr ? 0 : session->session.position();
+}
 
-cfmoe_status cfmoe_session_generate(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, uint32_t max_new_tokens,
-                                    const cfmoe_sampling* sampling, const int32_t* stop_tokens, uint32_t stop_token_count,
-                                    cfmoe_token_callback callback, void* user, int32_t* out_tokens, uint32_t* out_count,
-                                    char* error, size_t error_size) {
+cfmoe_status cfmoe_session_generate(cfmoe_session* session, const int32_t* tokens, uint32_t token_count,
+                                    uint32_t max_new_tokens, const cfmoe_sampling* sampling, const int32_t* stop_tokens,
+                                    uint32_t stop_token_count, cfmoe_token_callback callback, void* user,
+                                    int32_t* out_tokens, uint32_t* out_count, char* error, size_t error_size) {
   uint32_t count = 0;
   const cfmoe_status status = guarded(error, error_size, [&] {
     require(session != nullptr, "session is NULL");
@@ -192,8 +201,8 @@ cfmoe_status cfmoe_session_generate(cfmoe_session* session, const int32_t* token
   return status;
 }
 
-cfmoe_status cfmoe_session_feed(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, int decode, float* logits,
-                                char* error, size_t error_size) {
+cfmoe_status cfmoe_session_feed(cfmoe_session* session, const int32_t* tokens, uint32_t token_count, int decode,
+                                float* logits, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     require(session != nullptr, "session is NULL");
     session->session.feed(token_span(tokens, token_count), decode != 0, logits);
@@ -209,7 +218,8 @@ void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out) {
   const cfmoe::SessionMetrics& metrics = session->session.metrics();
   const cfmoe::ExpertCache& cache = session->session.engine().cache();
   *out = {phase_metrics(metrics.prefill, cache.metrics(cfmoe::Phase::kPrefill)),
-          phase_metrics(metrics.decode, cache.metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits, metrics.first_32_accesses};
+          phase_metrics(metrics.decode, cache.metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits,
+          metrics.first_32_accesses};
 }
 
 size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out, size_t capacity) {
@@ -221,8 +231,8 @@ size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out
     if (got == 0) break;
     for (size_t i = 0; i < got; ++i) {
       const cfmoe::AccessEvent& event = batch[i];
-      out[count++] = {static_cast<uint8_t>(event.phase), static_cast<uint8_t>(event.hit), static_cast<uint16_t>(event.key.layer),
-                      static_cast<uint32_t>(event.key.expert), event.position};
+      out[count++] = {static_cast<uint8_t>(event.phase), static_cast<uint8_t>(event.hit),
+                      static_cast<uint16_t>(event.key.layer), static_cast<uint32_t>(event.key.expert), event.position};
     }
   }
   return count;

@@ -77,7 +77,8 @@ int parallel_barrier(int /*task_id*/, ParallelGroup* group) {
     state->arrived.notify_all();
     return 0;
   }
-  for (int now = state->arrived.load(std::memory_order_acquire); now < all; now = state->arrived.load(std::memory_order_acquire)) {
+  for (int now = state->arrived.load(std::memory_order_acquire); now < all;
+       now = state->arrived.load(std::memory_order_acquire)) {
     state->arrived.wait(now, std::memory_order_acquire);
   }
   return 0;

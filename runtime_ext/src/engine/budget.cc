@@ -60,14 +60,15 @@ BudgetPlan plan_budget(const FixedParts& fixed, uint64_t record_stride, int32_t 
   const uint64_t smallest = sum + static_cast<uint64_t>(top_k) * record_stride;
   BudgetPlan plan;
   const auto fits = [&](uint64_t bytes) {
-    return static_cast<int32_t>(std::min<uint64_t>(static_cast<uint64_t>(experts_total), (bytes - sum) / record_stride));
+    return static_cast<int32_t>(
+        std::min<uint64_t>(static_cast<uint64_t>(experts_total), (bytes - sum) / record_stride));
   };
   if (request.budget_bytes > 0) {
     if (request.budget_bytes < smallest) {
       throw Error("--memory-budget " + format_mib(request.budget_bytes) +
                   " is below the smallest that works for this artifact and context, " + format_mib(smallest) + " (" +
-                  parts_text(fixed, top_k) + "): use at least " + format_mib(smallest) + " (" + std::to_string(smallest) +
-                  " bytes) or lower --context-size");
+                  parts_text(fixed, top_k) + "): use at least " + format_mib(smallest) + " (" +
+                  std::to_string(smallest) + " bytes) or lower --context-size");
     }
     plan.slots = fits(request.budget_bytes);
     plan.budget_bytes = request.budget_bytes;
@@ -75,15 +76,16 @@ BudgetPlan plan_budget(const FixedParts& fixed, uint64_t record_stride, int32_t 
   }
   if (request.expert_percent != 0) {
     if (!(request.expert_percent > 0 && request.expert_percent <= 100)) {
-      throw Error("--memory-budget " + percent_text(request.expert_percent) + " is no share of the experts: use more than 0% and at most 100%");
+      throw Error("--memory-budget " + percent_text(request.expert_percent) +
+                  " is no share of the experts: use more than 0% and at most 100%");
     }
     // The nudge undoes binary rounding: 7% of 100 experts are 7.
     plan.slots = static_cast<int32_t>(std::floor(request.expert_percent * experts_total / 100.0 + 1e-9));
     if (plan.slots < top_k) {
       const double least = std::ceil(10000.0 * top_k / experts_total) / 100.0;
-      throw Error("--memory-budget " + percent_text(request.expert_percent) + " keeps " + std::to_string(plan.slots) + " of " +
-                  std::to_string(experts_total) + " experts, fewer than the " + std::to_string(top_k) + " that one token uses: use at least " +
-                  percent_text(least) + " or " + format_mib(smallest));
+      throw Error("--memory-budget " + percent_text(request.expert_percent) + " keeps " + std::to_string(plan.slots) +
+                  " of " + std::to_string(experts_total) + " experts, fewer than the " + std::to_string(top_k) +
+                  " that one token uses: use at least " + percent_text(least) + " or " + format_mib(smallest));
     }
     plan.budget_bytes = sum + static_cast<uint64_t>(plan.slots) * record_stride;
     return plan;
@@ -93,13 +95,16 @@ BudgetPlan plan_budget(const FixedParts& fixed, uint64_t record_stride, int32_t 
   if (request.available_bytes > 0 && request.available_bytes < all + kReserveBytes) {
     const uint64_t usable = request.available_bytes > kReserveBytes ? request.available_bytes - kReserveBytes : 0;
     if (usable < smallest) {
-      throw Error("only " + format_mib(request.available_bytes) + " of memory are available and this artifact and context need at least " +
-                  format_mib(smallest + kReserveBytes) + " (" + parts_text(fixed, top_k) +
-                  ", the system's reserve): free memory, lower --context-size, or give --memory-budget to go on all the same");
+      throw Error(
+          "only " + format_mib(request.available_bytes) +
+          " of memory are available and this artifact and context need at least " +
+          format_mib(smallest + kReserveBytes) + " (" + parts_text(fixed, top_k) +
+          ", the system's reserve): free memory, lower --context-size, or give --memory-budget to go on all the same");
     }
     plan.slots = fits(usable);
     plan.warning = "all experts need " + format_mib(all) + " and " + format_mib(request.available_bytes) +
-                   " are available: keeping " + std::to_string(plan.slots) + " of " + std::to_string(experts_total) + " experts";
+                   " are available: keeping " + std::to_string(plan.slots) + " of " + std::to_string(experts_total) +
+                   " experts";
   }
   plan.budget_bytes = sum + static_cast<uint64_t>(plan.slots) * record_stride;
   return plan;
@@ -128,8 +133,9 @@ uint64_t available_memory() {
     const std::string root = version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
     for (;;) {
       if (!path.empty() && path.back() == '/') path.pop_back();
-      available = version2 ? group_headroom(root + path + "/", "memory.max", "memory.current", available)
-                           : group_headroom(root + path + "/", "memory.limit_in_bytes", "memory.usage_in_bytes", available);
+      available = version2
+                      ? group_headroom(root + path + "/", "memory.max", "memory.current", available)
+                      : group_headroom(root + path + "/", "memory.limit_in_bytes", "memory.usage_in_bytes", available);
       if (path.empty()) break;
       const size_t slash = path.rfind('/');
       path.erase(slash == std::string::npos ? 0 : slash);

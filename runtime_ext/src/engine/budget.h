@@ -14,9 +14,9 @@ struct FixedParts {
 };
 
 struct BudgetRequest {
-  uint64_t budget_bytes = 0;    // 0: see expert_percent
-  double expert_percent = 0.0;  // 0: all experts, as far as available_bytes go
-  uint64_t available_bytes = 0; // what the system can still give; 0: unknown
+  uint64_t budget_bytes = 0;     // 0: see expert_percent
+  double expert_percent = 0.0;   // 0: all experts, as far as available_bytes go
+  uint64_t available_bytes = 0;  // what the system can still give; 0: unknown
 };
 
 struct BudgetPlan {

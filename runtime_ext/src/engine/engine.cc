@@ -24,7 +24,8 @@ struct WorkspaceLayout {
   uint64_t lists_bytes = 0;
 
   WorkspaceLayout(const Plan& plan, const ModelFacts& model, int32_t chunk) {
-    const auto hidden_size = static_cast<uint64_t>(model.hidden_size), vocabulary = static_cast<uint64_t>(model.vocab_size);
+    const auto hidden_size = static_cast<uint64_t>(model.hidden_size),
+               vocabulary = static_cast<uint64_t>(model.vocab_size);
     uint64_t end = std::max({plan.prefill.workspace_bytes, plan.decode.workspace_bytes, plan.head.workspace_bytes});
     const auto take = [&end](uint64_t bytes) {
       const uint64_t place = round_up(end, 64);
@@ -56,13 +57,14 @@ void append_warning(std::string* all, const std::string& warning) {
 
 Engine::Engine(const std::string& artifact, const EngineOptions& options) : policy_(options.policy) {
   if (options.threads < 0 || options.threads > kMaxThreads) {
-    throw Error("--threads " + std::to_string(options.threads) + " is outside 0 (one per physical core) to " + std::to_string(kMaxThreads));
+    throw Error("--threads " + std::to_string(options.threads) + " is outside 0 (one per physical core) to " +
+                std::to_string(kMaxThreads));
   }
   parse_io_mode(options.io);
   artifact_ = open_artifact(artifact);
   const std::string& plan = artifact_.target.plan;
-  plan_ = parse_plan(read_verified(artifact_.directory, artifact_.manifest, plan), artifact_.path_of(plan), artifact_.manifest,
-                     artifact_.index);
+  plan_ = parse_plan(read_verified(artifact_.directory, artifact_.manifest, plan), artifact_.path_of(plan),
+                     artifact_.manifest, artifact_.index);
   plan_memory(options);
   load(options);
 #if defined(__GLIBC__)
@@ -76,14 +78,15 @@ void Engine::plan_memory(const EngineOptions& options) {
   const auto largest = static_cast<uint32_t>(facts.context_size);
   context_size_ = options.context_size == 0 ? std::min(largest, kDefaultContext) : options.context_size;
   if (context_size_ > largest) {
-    throw Error("--context-size " + std::to_string(context_size_) + " is more than the model's " + std::to_string(largest) +
-                " tokens: use at most " + std::to_string(largest));
+    throw Error("--context-size " + std::to_string(context_size_) + " is more than the model's " +
+                std::to_string(largest) + " tokens: use at most " + std::to_string(largest));
   }
   kv_rows_ = static_cast<int64_t>(round_up(context_size_, kContextStep));
   if (kv_rows_ > plan_.bounds.context.high || kv_rows_ < plan_.bounds.context.low ||
       int64_t{context_size_} - 1 > plan_.bounds.position.high) {
-    throw Error(artifact_.path_of(artifact_.target.plan) + ": is not made for a context of " + std::to_string(context_size_) +
-                " tokens: use at most " + std::to_string(plan_.bounds.context.high) + " or compile the artifact again");
+    throw Error(artifact_.path_of(artifact_.target.plan) + ": is not made for a context of " +
+                std::to_string(context_size_) + " tokens: use at most " + std::to_string(plan_.bounds.context.high) +
+                " or compile the artifact again");
   }
   const uint64_t weights_bytes = check_file_size(artifact_.directory, artifact_.manifest, "weights.bin");
   fixed_ = {round_up(weights_bytes, kBufferAlignment), round_up(KvCache::bytes(plan_.kv, kv_rows_), kBufferAlignment),
@@ -107,7 +110,8 @@ void Engine::load(const EngineOptions& options) {
   kv_.emplace(plan_.kv, kv_rows_);
 
   const WorkspaceLayout layout(plan_, facts, chunk());
-  const auto hidden_size = static_cast<uint64_t>(facts.hidden_size), vocabulary = static_cast<uint64_t>(facts.vocab_size);
+  const auto hidden_size = static_cast<uint64_t>(facts.hidden_size),
+             vocabulary = static_cast<uint64_t>(facts.vocab_size);
   const auto chunk_size = static_cast<uint64_t>(chunk());
   workspace_ = AlignedBuffer(layout.total);
   tokens_ = part<int32_t>(workspace_, layout.tokens, chunk_size);
@@ -139,7 +143,8 @@ void Engine::load(const EngineOptions& options) {
       step, *cache_, *pool_, part<int32_t>(workspace_, layout.lists, layout.lists_bytes / sizeof(int32_t)));
 
   ProgramMemory memory;
-  for (const TensorEntry& tensor : artifact_.index.weights) memory.weights.push_back(weights_.block.data() + tensor.offset);
+  for (const TensorEntry& tensor : artifact_.index.weights)
+    memory.weights.push_back(weights_.block.data() + tensor.offset);
   memory.kv = &*kv_;
   memory.workspace = reinterpret_cast<char*>(workspace_.data());
   memory.input = tokens_.data();
@@ -178,7 +183,8 @@ EngineMemory Engine::memory() const {
   EngineMemory memory{budget_, fixed_, cache_->pool_bytes(), 0};
   const ExpertIndex& index = experts();
   if (store_->mode() == IoMode::kMmap) {
-    memory.mapped_bytes = static_cast<uint64_t>(index.layers) * static_cast<uint64_t>(index.experts) * index.record_stride;
+    memory.mapped_bytes =
+        static_cast<uint64_t>(index.layers) * static_cast<uint64_t>(index.experts) * index.record_stride;
   }
   return memory;
 }

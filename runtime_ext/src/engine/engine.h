@@ -41,7 +41,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Runs tokens (1 up to the chunk for prefill) at `position` and returns their hidden states [n, hidden_size], valid until the next run.
+  // Runs tokens (1 up to the chunk for prefill) at `position` and returns their hidden states [n, hidden_size], valid
+  // until the next run.
   std::span<const float> prefill(std::span<const int32_t> tokens, int64_t position);
   std::span<const float> decode(int32_t token, int64_t position);
   // Logits [vocabulary] of one hidden state [hidden_size]; valid, and the caller's to change, until the next run.

@@ -1,4 +1,5 @@
-// The executor: argument arrays are built once; a run evaluates what depends on the tokens and calls kernel after kernel.
+// The executor: argument arrays are built once; a run evaluates what depends on the tokens and calls kernel after
+// kernel.
 #include "engine/executor.h"
 
 #include <string>
@@ -8,7 +9,8 @@
 
 namespace cfmoe {
 
-BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const ProgramMemory& memory, const ProgramServices& services)
+BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const ProgramMemory& memory,
+                           const ProgramServices& services)
     : phase_(phase), services_(services), values_{1, 0, memory.context} {
   size_t dimensions = 0, arguments = 0;
   for (const PlanBuffer& buffer : program.buffers) dimensions += buffer.shape.size();
@@ -20,7 +22,8 @@ BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const Progra
   int64_t* shape = shapes_.data();
   for (size_t i = 0; i < program.buffers.size(); ++i) {
     const PlanBuffer& buffer = program.buffers[i];
-    tensors_[i] = make_tensor(locate(buffer, memory), to_dl_dtype(buffer.dtype), static_cast<int32_t>(buffer.shape.size()), shape);
+    tensors_[i] = make_tensor(locate(buffer, memory), to_dl_dtype(buffer.dtype),
+                              static_cast<int32_t>(buffer.shape.size()), shape);
     for (const Expression& dimension : buffer.shape) bind(dimension, shape++);
   }
   const auto tensor = [this](int32_t index) { return index < 0 ? nullptr : &tensors_[index]; };
@@ -85,7 +88,8 @@ void BoundProgram::run(int64_t n, int64_t position) {
       services_.router->route(static_cast<const float*>(step.logits->data), n, step.logits->shape[1],
                               static_cast<int32_t*>(step.ids->data), static_cast<float*>(step.weights->data));
     } else {
-      const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows, step.scratch};
+      const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows,
+                                   step.scratch};
       if (phase_ == Phase::kPrefill) {
         services_.experts->prefill(step.layer, tensors, n, static_cast<uint64_t>(position), *services_.cancelled);
       } else {

@@ -39,7 +39,8 @@ class BoundProgram {
   BoundProgram(const BoundProgram&) = delete;
   BoundProgram& operator=(const BoundProgram&) = delete;
 
-  // `n` tokens, the first at `position`; both within the plan's bounds. The caller's thread runs the serial parts; see PoolScope.
+  // `n` tokens, the first at `position`; both within the plan's bounds. The caller's thread runs the serial parts; see
+  // PoolScope.
   void run(int64_t n, int64_t position);
   const DLTensor& output() const { return *output_; }
 
@@ -50,7 +51,8 @@ class BoundProgram {
     TVMFFIAny* arguments = nullptr;
     int32_t argument_count = 0;
     int32_t layer = -1;
-    DLTensor *ids = nullptr, *logits = nullptr, *weights = nullptr, *activation = nullptr, *rows = nullptr, *scratch = nullptr;
+    DLTensor *ids = nullptr, *logits = nullptr, *weights = nullptr, *activation = nullptr, *rows = nullptr,
+             *scratch = nullptr;
   };
   void* locate(const PlanBuffer& buffer, const ProgramMemory& memory) const;
   // Writes the expression's value to `target`, now and before each run that may change it.

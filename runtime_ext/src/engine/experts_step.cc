@@ -24,7 +24,8 @@ int64_t prefill_list_ints(int32_t experts, int32_t top_k, int32_t chunk) {
 }  // namespace
 
 uint64_t ExpertsStep::list_bytes(int32_t experts, int32_t top_k, int32_t chunk) {
-  return sizeof(int32_t) * static_cast<uint64_t>(2 * prefill_list_ints(experts, top_k, chunk) + int64_t{kAlignedInts} * (top_k + 1));
+  return sizeof(int32_t) *
+         static_cast<uint64_t>(2 * prefill_list_ints(experts, top_k, chunk) + int64_t{kAlignedInts} * (top_k + 1));
 }
 
 ExpertsStep::ExpertsStep(const ExpertsStepFacts& facts, ExpertCache& cache, ThreadPool& pool, std::span<int32_t> lists)
@@ -43,7 +44,8 @@ ExpertsStep::ExpertsStep(const ExpertsStepFacts& facts, ExpertCache& cache, Thre
 // A plan may name a buffer that no router has written.
 void ExpertsStep::check_ids(std::span<const int32_t> ids) const {
   for (const int32_t id : ids) {
-    if (id < 0 || id >= facts_.experts) throw Error("plan.json: a step computes experts that were not routed; compile the artifact again");
+    if (id < 0 || id >= facts_.experts)
+      throw Error("plan.json: a step computes experts that were not routed; compile the artifact again");
   }
 }
 

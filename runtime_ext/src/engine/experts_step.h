@@ -41,7 +41,8 @@ class ExpertsStep {
   static uint64_t list_bytes(int32_t experts, int32_t top_k, int32_t chunk);
 
   // `cancelled` is looked at once per layer; throws cfmoe::Error (cancelled).
-  void prefill(int32_t layer, const ExpertsTensors& tensors, int64_t n, uint64_t first_position, const std::atomic<bool>& cancelled);
+  void prefill(int32_t layer, const ExpertsTensors& tensors, int64_t n, uint64_t first_position,
+               const std::atomic<bool>& cancelled);
   void decode(int32_t layer, const ExpertsTensors& tensors, uint64_t position);
 
  private:
@@ -65,7 +66,8 @@ class ExpertsStep {
 
   void check_ids(std::span<const int32_t> ids) const;
   void group(const int32_t* ids, int64_t n, uint64_t first_position);
-  void add(const ReadyExpert& ready, int32_t* rows_in, int32_t* rows_out, int64_t count, int64_t scratch_row, const ExpertsTensors& tensors);
+  void add(const ReadyExpert& ready, int32_t* rows_in, int32_t* rows_out, int64_t count, int64_t scratch_row,
+           const ExpertsTensors& tensors);
   // Runs what add() gathered: all gate_up tiles, then all down tiles.
   void flush(const ExpertKernelSet& kernels);
   int run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32_t thread) const;
@@ -77,9 +79,9 @@ class ExpertsStep {
   std::vector<Work> wave_;
   int32_t wave_size_ = 0;
   int32_t argument_count_;
-  std::vector<Group> groups_;                 // per expert
-  std::vector<int32_t> chosen_;               // experts of the layer, ascending
-  std::vector<uint64_t> last_positions_;      // of chosen_
+  std::vector<Group> groups_;             // per expert
+  std::vector<int32_t> chosen_;           // experts of the layer, ascending
+  std::vector<uint64_t> last_positions_;  // of chosen_
 };
 
 }  // namespace cfmoe

@@ -83,11 +83,11 @@ Interval Expression::parse_into(const JsonValue& json, const SymbolBounds& bound
     terms_.push_back({name == "n" ? Op::kN : name == "position" ? Op::kPosition : Op::kContext, 0});
     return name == "n" ? bounds.n : name == "position" ? bounds.position : bounds.context;
   }
-  if (!json.is_array() || json.array_size() != 3) json.fail("is no expression: expected an integer, a symbol or [op, a, b]");
-  static const std::map<std::string, Op> kOps = {{"add", Op::kAdd},           {"sub", Op::kSub},
-                                                 {"mul", Op::kMul},           {"floordiv", Op::kFloorDiv},
-                                                 {"floormod", Op::kFloorMod}, {"min", Op::kMin},
-                                                 {"max", Op::kMax}};
+  if (!json.is_array() || json.array_size() != 3)
+    json.fail("is no expression: expected an integer, a symbol or [op, a, b]");
+  static const std::map<std::string, Op> kOps = {
+      {"add", Op::kAdd},           {"sub", Op::kSub}, {"mul", Op::kMul}, {"floordiv", Op::kFloorDiv},
+      {"floormod", Op::kFloorMod}, {"min", Op::kMin}, {"max", Op::kMax}};
   const Op op = kOps.at(json[0].choice({"add", "sub", "mul", "floordiv", "floormod", "min", "max"}));
   const Interval a = parse_into(json[1], bounds, depth + 1);
   const Interval b = parse_into(json[2], bounds, depth + 1);
@@ -108,9 +108,7 @@ int64_t Expression::evaluate(const SymbolValues& values) const {
       case Op::kN: stack[top++] = values.n; break;
       case Op::kPosition: stack[top++] = values.position; break;
       case Op::kContext: stack[top++] = values.context; break;
-      default:
-        --top;
-        stack[top - 1] = apply(term.op, stack[top - 1], stack[top]);
+      default: --top; stack[top - 1] = apply(term.op, stack[top - 1], stack[top]);
     }
   }
   return top == 1 ? stack[0] : 0;

@@ -29,8 +29,8 @@ class Expression {
   Expression() = default;
   explicit Expression(int64_t constant);
 
-  // Throws where the text is no expression, is deeper or longer than any plan needs, or where a value of the symbols within `bounds` could
-  // overflow or divide by something that is not positive.
+  // Throws where the text is no expression, is deeper or longer than any plan needs, or where a value of the symbols
+  // within `bounds` could overflow or divide by something that is not positive.
   static Expression parse(const JsonValue& json, const SymbolBounds& bounds);
 
   // For symbols within the bounds given to parse.

@@ -34,7 +34,8 @@ void Kernel::fail() const {
   TVMFFIErrorMoveFromRaised(&raised);
   std::string reason = "it returned an error";
   if (raised != nullptr) {
-    const auto* error = reinterpret_cast<const TVMFFIErrorCell*>(static_cast<const char*>(raised) + sizeof(TVMFFIObject));
+    const auto* error =
+        reinterpret_cast<const TVMFFIErrorCell*>(static_cast<const char*>(raised) + sizeof(TVMFFIObject));
     reason = one_line(std::string(error->message.data, error->message.size));
     TVMFFIObjectDecRef(raised);
   }

@@ -23,7 +23,9 @@ class KvCache {
   uint64_t k_bytes() const { return k_bytes_; }  // of one layer
   uint64_t v_bytes() const { return v_bytes_; }
   void* k(int32_t layer) const { return buffer_.data() + static_cast<uint64_t>(layer) * (k_bytes_ + v_bytes_); }
-  void* v(int32_t layer) const { return buffer_.data() + static_cast<uint64_t>(layer) * (k_bytes_ + v_bytes_) + k_bytes_; }
+  void* v(int32_t layer) const {
+    return buffer_.data() + static_cast<uint64_t>(layer) * (k_bytes_ + v_bytes_) + k_bytes_;
+  }
 
  private:
   static uint64_t padded_bytes(DType dtype, const Shape& shape, int64_t context) {

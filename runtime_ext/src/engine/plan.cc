@@ -33,7 +33,8 @@ DType parse_dtype(const JsonValue& json) {
   std::vector<std::string> names;
   for (const DTypeFacts& facts : kDTypes) names.emplace_back(facts.name);
   const std::string name = json.choice(names);
-  return std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeFacts& facts) { return name == facts.name; })->dtype;
+  return std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeFacts& facts) { return name == facts.name; })
+      ->dtype;
 }
 
 std::string parse_kernel_name(const JsonValue& json) {
@@ -56,7 +57,8 @@ Shape parse_shape(const JsonValue& json, const SymbolBounds& bounds, DType dtype
   for (const JsonValue& dimension : json.elements(kMaxDimensions)) {
     Expression expression = Expression::parse(dimension, bounds);
     if (expression.range().low < 0) dimension.fail("the dimension may be negative");
-    if (__builtin_mul_overflow(bytes, std::max<int64_t>(1, expression.range().high), &bytes) || bytes > kMaxTensorBytes) {
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(1, expression.range().high), &bytes) ||
+        bytes > kMaxTensorBytes) {
       json.fail("the tensor is larger than 1 TiB");
     }
     shape.push_back(std::move(expression));
@@ -76,14 +78,16 @@ class ProgramReader {
       : plan_(plan), bounds_(bounds), manifest_(manifest), index_(index) {}
 
   // `input` and its dtype and last dimension, and the output's, are what the runtime hands over and takes.
-  PlanProgram read(const JsonValue& json, const std::string& input, DType input_dtype, int64_t input_width, int64_t output_width) {
+  PlanProgram read(const JsonValue& json, const std::string& input, DType input_dtype, int64_t input_width,
+                   int64_t output_width) {
     program_.workspace_bytes = static_cast<uint64_t>(json.at("workspace_bytes").integer(0, kMaxWorkspaceBytes));
     for (const JsonValue& buffer : json.at("buffers").elements(kMaxBuffers)) {
       program_.buffers.push_back(read_buffer(buffer, input, input_dtype, input_width));
     }
     program_.output = buffer_index(json.at("output"));
     expect(json.at("output"), program_.output, DType::kFloat32, [](int64_t n) { return n; }, output_width);
-    if (program_.buffers[program_.output].kind != BufferKind::kWorkspace) json.at("output").fail("is no workspace buffer");
+    if (program_.buffers[program_.output].kind != BufferKind::kWorkspace)
+      json.at("output").fail("is no workspace buffer");
     for (const JsonValue& step : json.at("steps").elements(kMaxSteps)) program_.steps.push_back(read_step(step));
     return std::move(program_);
   }
@@ -93,7 +97,8 @@ class ProgramReader {
     return json.int32(0, static_cast<int32_t>(program_.buffers.size()) - 1);
   }
 
-  PlanBuffer read_buffer(const JsonValue& json, const std::string& input, DType input_dtype, int64_t input_width) const {
+  PlanBuffer read_buffer(const JsonValue& json, const std::string& input, DType input_dtype,
+                         int64_t input_width) const {
     PlanBuffer buffer;
     const std::string kind = json.at("kind").choice({"input", "weight", "k_cache", "v_cache", "workspace"});
     buffer.dtype = parse_dtype(json.at("dtype"));
@@ -107,7 +112,8 @@ class ProgramReader {
       buffer.kind = BufferKind::kWeight;
       const std::string name = json.at("name").string();
       const auto& weights = index_.weights;
-      const auto entry = std::find_if(weights.begin(), weights.end(), [&](const TensorEntry& e) { return e.name == name; });
+      const auto entry =
+          std::find_if(weights.begin(), weights.end(), [&](const TensorEntry& e) { return e.name == name; });
       if (entry == weights.end()) json.at("name").fail("index.json has no tensor of this name");
       for (const Expression& dimension : buffer.shape) {
         if (dimension.range().low != dimension.range().high) json.at("shape").fail("a weight's shape is fixed");
@@ -139,7 +145,8 @@ class ProgramReader {
   template <typename Rows>
   void expect_shape(const JsonValue& json, const Shape& shape, Rows rows, int64_t width) const {
     const bool two = width > 0;
-    if (shape.size() != (two ? 2U : 1U)) json.fail(two ? "expected a tensor of 2 dimensions" : "expected a tensor of 1 dimension");
+    if (shape.size() != (two ? 2U : 1U))
+      json.fail(two ? "expected a tensor of 2 dimensions" : "expected a tensor of 1 dimension");
     if (two && (shape[1].range().low != width || shape[1].range().high != width)) {
       json.fail("the last dimension is not " + std::to_string(width));
     }
@@ -147,7 +154,8 @@ class ProgramReader {
       json.fail("the first dimension depends on more than n");
     }
     for (int64_t n = bounds_.n.low; n <= bounds_.n.high; ++n) {
-      if (shape[0].evaluate({n, 0, 0}) != rows(n)) json.fail("the first dimension is wrong for n = " + std::to_string(n));
+      if (shape[0].evaluate({n, 0, 0}) != rows(n))
+        json.fail("the first dimension is wrong for n = " + std::to_string(n));
     }
   }
 
@@ -236,7 +244,8 @@ PlanKv parse_kv(const JsonValue& json, const SymbolBounds& bounds, const Manifes
 
 ExpertKernelNames parse_expert_kernels(const JsonValue& json, int32_t outputs) {
   const int32_t tiles = (outputs + 31) / 32;
-  return {parse_kernel_name(json.at("prefill")), parse_kernel_name(json.at("decode")), json.at("tiles").int32(tiles, tiles)};
+  return {parse_kernel_name(json.at("prefill")), parse_kernel_name(json.at("decode")),
+          json.at("tiles").int32(tiles, tiles)};
 }
 
 }  // namespace
@@ -255,7 +264,8 @@ Plan parse_plan(std::string_view text, const std::string& path, const Manifest& 
   json.at("version").int32(1, 1);
   Plan plan;
   const JsonValue symbols = json.at("symbols");
-  plan.bounds = {parse_bounds(symbols.at("n")), parse_bounds(symbols.at("position")), parse_bounds(symbols.at("context"))};
+  plan.bounds = {parse_bounds(symbols.at("n")), parse_bounds(symbols.at("position")),
+                 parse_bounds(symbols.at("context"))};
   if (plan.bounds.n.low != 1 || plan.bounds.n.high != manifest.prefill_chunk) {
     symbols.at("n").fail("manifest.json says that a chunk has " + std::to_string(manifest.prefill_chunk) + " tokens");
   }
@@ -266,16 +276,18 @@ Plan parse_plan(std::string_view text, const std::string& path, const Manifest& 
   const JsonValue experts = json.at("experts");
   plan.experts.gate_up = parse_expert_kernels(experts.at("gate_up"), manifest.model.expert_ffn_size);
   plan.experts.down = parse_expert_kernels(experts.at("down"), manifest.model.hidden_size);
-  for (const JsonValue& dtype : experts.at("slab_dtypes").elements(4)) plan.experts.slab_dtypes.push_back(parse_dtype(dtype));
+  for (const JsonValue& dtype : experts.at("slab_dtypes").elements(4))
+    plan.experts.slab_dtypes.push_back(parse_dtype(dtype));
   if (plan.experts.slab_dtypes.empty()) experts.at("slab_dtypes").fail("is empty");
 
   const JsonValue programs = json.at("programs");
   SymbolBounds single = plan.bounds;
   single.n = {1, 1};
   const int64_t hidden = plan.hidden_size;
-  plan.prefill =
-      ProgramReader(plan, plan.bounds, manifest, index).read(programs.at("prefill"), "tokens", DType::kInt32, 0, hidden);
-  plan.decode = ProgramReader(plan, single, manifest, index).read(programs.at("decode"), "tokens", DType::kInt32, 0, hidden);
+  plan.prefill = ProgramReader(plan, plan.bounds, manifest, index)
+                     .read(programs.at("prefill"), "tokens", DType::kInt32, 0, hidden);
+  plan.decode =
+      ProgramReader(plan, single, manifest, index).read(programs.at("decode"), "tokens", DType::kInt32, 0, hidden);
   plan.head = ProgramReader(plan, single, manifest, index)
                   .read(programs.at("head"), "hidden", DType::kFloat32, hidden, manifest.model.vocab_size);
   for (const PlanStep& step : plan.head.steps) {

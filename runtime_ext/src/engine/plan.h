@@ -38,11 +38,11 @@ enum class StepOp : uint8_t { kCall, kRoute, kExperts };
 
 struct PlanStep {
   StepOp op = StepOp::kCall;
-  std::string kernel;                  // kCall
-  std::vector<PlanArgument> arguments;  // kCall
-  int32_t layer = -1;                  // kRoute, kExperts: MoE layer
-  int32_t ids = -1;                    // kRoute, kExperts: buffers
-  int32_t logits = -1, weights = -1;   // kRoute
+  std::string kernel;                                // kCall
+  std::vector<PlanArgument> arguments;               // kCall
+  int32_t layer = -1;                                // kRoute, kExperts: MoE layer
+  int32_t ids = -1;                                  // kRoute, kExperts: buffers
+  int32_t logits = -1, weights = -1;                 // kRoute
   int32_t activation = -1, rows = -1, scratch = -1;  // kExperts
 };
 

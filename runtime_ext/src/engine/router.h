@@ -19,8 +19,8 @@ class Router {
  public:
   explicit Router(const RouterOptions& options);
 
-  // logits [n, stride], of which the first `experts` of a row count; ids [n, top_k] by descending score (ties: the lower id; a score that is
-  // not a number comes last); weights [n, top_k].
+  // logits [n, stride], of which the first `experts` of a row count; ids [n, top_k] by descending score (ties: the
+  // lower id; a score that is not a number comes last); weights [n, top_k].
   void route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights);
 
  private:

@@ -1,4 +1,5 @@
-// Chooses the next token from logits: the same token for the same logits, options and seed on every machine of one kind.
+// Chooses the next token from logits: the same token for the same logits, options and seed on every machine of one
+// kind.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +40,9 @@ class Sampler {
   // `candidates` is working memory for one candidate per token of the vocabulary, used unless greedy.
   Sampler(const SamplingOptions& options, std::span<Candidate> candidates);
 
-  // `logits` [vocabulary] is changed. `seen` [vocabulary] is non-zero for the tokens of the conversation. Logits that are not numbers are
-  // never chosen; throws cfmoe::Error where none is a number. Order: penalty, temperature, top-k, top-p.
+  // `logits` [vocabulary] is changed. `seen` [vocabulary] is non-zero for the tokens of the conversation. Logits that
+  // are not numbers are never chosen; throws cfmoe::Error where none is a number. Order: penalty, temperature, top-k,
+  // top-p.
   int32_t sample(std::span<float> logits, std::span<const uint8_t> seen);
 
  private:

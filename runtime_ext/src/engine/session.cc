@@ -63,8 +63,8 @@ void Session::begin(std::span<const int32_t> tokens) {
   if (tokens.empty()) throw Error("the prompt has no tokens: give at least one");
   for (const int32_t token : tokens) {
     if (token < 0 || token >= vocabulary) {
-      throw Error("token " + std::to_string(token) + " is outside the model's vocabulary, 0 to " + std::to_string(vocabulary - 1) +
-                  ": use the artifact's own tokenizer");
+      throw Error("token " + std::to_string(token) + " is outside the model's vocabulary, 0 to " +
+                  std::to_string(vocabulary - 1) + ": use the artifact's own tokenizer");
     }
   }
   const uint64_t context = engine_.context_size();
@@ -92,7 +92,8 @@ void Session::prefill(std::span<const int32_t> tokens, const TakeHidden& take) {
   const auto hidden_size = static_cast<size_t>(engine_.model().hidden_size);
   for (size_t start = 0; start < all.size();) {
     check_cancelled();
-    const auto chunk = std::span<const int32_t>(all).subspan(start, std::min(all.size() - start, static_cast<size_t>(engine_.chunk())));
+    const auto chunk = std::span<const int32_t>(all).subspan(
+        start, std::min(all.size() - start, static_cast<size_t>(engine_.chunk())));
     hand_over_due_ = true;
     const std::span<const float> hidden = engine_.prefill(chunk, position_);
     position_ += static_cast<int64_t>(chunk.size());

@@ -30,8 +30,9 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Prefills `tokens`, then generates at most `max_new_tokens`, until a stop token, the end of the context, or a `take` that returns false.
-  // `take` gets each new token before the next is computed. Throws cfmoe::Error; what was taken until then stays part of the conversation.
+  // Prefills `tokens`, then generates at most `max_new_tokens`, until a stop token, the end of the context, or a `take`
+  // that returns false. `take` gets each new token before the next is computed. Throws cfmoe::Error; what was taken
+  // until then stays part of the conversation.
   using TakeToken = std::function<bool(int32_t)>;
   void generate(std::span<const int32_t> tokens, uint32_t max_new_tokens, const SamplingOptions& sampling,
                 std::span<const int32_t> stop_tokens, const TakeToken& take);
@@ -58,8 +59,8 @@ class Session {
   void check_cancelled() const;
 
   Engine& engine_;
-  int64_t position_ = 0;     // tokens whose keys and values are in the cache
-  int32_t pending_ = -1;     // the last generated token, which nothing has read yet
+  int64_t position_ = 0;  // tokens whose keys and values are in the cache
+  int32_t pending_ = -1;  // the last generated token, which nothing has read yet
   bool hand_over_due_ = false;
   SessionMetrics metrics_;
   std::vector<AccessEvent> events_;

@@ -17,7 +17,6 @@ namespace {
 
 // Longer than the serial work between two kernels of a token, far shorter than a read from storage.
 constexpr int64_t kSpinNs = 40'000;
-constexpr int kPauses = 64;
 
 thread_local bool inside_task = false;
 
@@ -43,19 +42,28 @@ int32_t usable_cpus(std::vector<int32_t>* cpus) {
   return std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
 }
 
-// Waits until `value` differs from `old`.
-void wait_for_change(std::atomic<int>& value, int old, int64_t spin_ns) {
-  const auto changed = [&] { return value.load(std::memory_order_acquire) != old; };
-  for (int i = 0; spin_ns > 0 && i < kPauses; ++i) {
-    if (changed()) return;
-    pause_cpu();
-  }
+// The CPU that the calling thread runs on; -1 where that is unknown.
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Waits until `value` differs from `old`: spins for `spin_ns`, then sleeps; sleeps at once where `pointless(cpu)` says
+// that who is waited for needs this very CPU, as happens when other processes hold the rest.
+template <typename Pointless>
+void wait_for_change(std::atomic<int>& value, int old, int64_t spin_ns, Pointless pointless) {
   if (spin_ns > 0) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::nanoseconds(spin_ns);
     do {
-      if (changed()) return;
-      // Who is waited for may have been put on this very CPU.
-      std::this_thread::yield();
+      for (int i = 0; i < 32; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause_cpu();
+      }
+      const int cpu = current_cpu();
+      if (cpu >= 0 && pointless(cpu)) break;
     } while (std::chrono::steady_clock::now() < end);
   }
   value.wait(old, std::memory_order_acquire);
@@ -70,7 +78,8 @@ int32_t physical_cores() {
   for (int32_t cpu : cpus) {
     const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
     int package = 0, core = 0;
-    if (!(std::ifstream(topology + "physical_package_id") >> package) || !(std::ifstream(topology + "core_id") >> core)) {
+    if (!(std::ifstream(topology + "physical_package_id") >> package) ||
+        !(std::ifstream(topology + "core_id") >> core)) {
       return logical;
     }
     cores.insert({package, core});
@@ -98,16 +107,19 @@ bool ThreadPool::concurrent() const { return size_ > 1 && !inside_task && !busy_
 // A round ends only after each of its shares was claimed and run: whoever claims one finds that round's task unchanged.
 bool ThreadPool::claim(int32_t index, uint32_t round) {
   uint32_t before = round - 1;
-  return shares_[index].claimed.compare_exchange_strong(before, round, std::memory_order_acq_rel, std::memory_order_relaxed);
+  return shares_[index].claimed.compare_exchange_strong(before, round, std::memory_order_acq_rel,
+                                                        std::memory_order_relaxed);
 }
 
 void ThreadPool::work(int32_t index) {
   inside_task = true;
   for (int seen = 0;;) {
-    wait_for_change(round_, seen, spin_ns_);
+    wait_for_change(round_, seen, spin_ns_,
+                    [this](int cpu) { return cpu == shares_[0].cpu.load(std::memory_order_relaxed); });
     seen = round_.load(std::memory_order_acquire);
     if (stop_) return;
     if (!claim(index, static_cast<uint32_t>(seen))) continue;
+    shares_[index].cpu.store(current_cpu(), std::memory_order_relaxed);
     run_share(index);
     if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
   }
@@ -135,6 +147,7 @@ int ThreadPool::run(int32_t num_tasks, Task task, void* data) {
   task_ = task;
   data_ = data;
   pending_.store(size_ - 1, std::memory_order_relaxed);
+  shares_[0].cpu.store(current_cpu(), std::memory_order_relaxed);
   const uint32_t round = static_cast<uint32_t>(round_.fetch_add(1, std::memory_order_release)) + 1;
   round_.notify_all();
   inside_task = true;
@@ -145,8 +158,14 @@ int ThreadPool::run(int32_t num_tasks, Task task, void* data) {
     pending_.fetch_sub(1, std::memory_order_acq_rel);
   }
   inside_task = false;
-  for (int left = pending_.load(std::memory_order_acquire); left != 0; left = pending_.load(std::memory_order_acquire)) {
-    wait_for_change(pending_, left, spin_ns_);
+  for (int left = pending_.load(std::memory_order_acquire); left != 0;
+       left = pending_.load(std::memory_order_acquire)) {
+    wait_for_change(pending_, left, spin_ns_, [this](int cpu) {
+      for (int32_t i = 1; i < size_; ++i) {
+        if (shares_[i].cpu.load(std::memory_order_relaxed) == cpu) return true;
+      }
+      return false;
+    });
   }
   int result = 0;
   std::exception_ptr exception;

@@ -21,12 +21,14 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int32_t size() const { return size_; }
-  // True where a call to run() would spread its tasks, so that tasks may wait for one another if there are at most size() of them.
+  // True where a call to run() would spread its tasks, so that tasks may wait for one another if there are at most
+  // size() of them.
   bool concurrent() const;
-  // Runs task(0…num_tasks-1) and returns when all have ended: 0, or the non-zero result of the lowest failing share; an exception of a task
-  // is thrown again here. Share s is the tasks s, s + size(), … in this order on one thread: the caller for share 0, a worker for each
-  // other, or the caller where that worker has not begun when the caller's own share has ended (the system may have given its CPU to
-  // somebody else). A nested call, or one while the pool is busy, runs inline.
+  // Runs task(0…num_tasks-1) and returns when all have ended: 0, or the non-zero result of the lowest failing share; an
+  // exception of a task is thrown again here. Share s is the tasks s, s + size(), … in this order on one thread: the
+  // caller for share 0, a worker for each other, or the caller where that worker has not begun when the caller's own
+  // share has ended (the system may have given its CPU to somebody else). A nested call, or one while the pool is busy,
+  // runs inline.
   int run(int32_t num_tasks, Task task, void* data);
 
   template <typename F>
@@ -38,6 +40,7 @@ class ThreadPool {
   struct alignas(64) Share {
     std::thread worker;
     std::atomic<uint32_t> claimed{0};  // the last round in which somebody took it
+    std::atomic<int> cpu{-1};          // where its thread was last seen
     int result = 0;
     std::exception_ptr exception;
   };

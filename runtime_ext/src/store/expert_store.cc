@@ -181,14 +181,10 @@ IoMode parse_io_mode(const std::string& name) {
 
 const char* io_mode_name(IoMode mode) {
   switch (mode) {
-    case IoMode::kAuto:
-      return "auto";
-    case IoMode::kDirect:
-      return "direct";
-    case IoMode::kBuffered:
-      return "buffered";
-    case IoMode::kMmap:
-      return "mmap";
+    case IoMode::kAuto: return "auto";
+    case IoMode::kDirect: return "direct";
+    case IoMode::kBuffered: return "buffered";
+    case IoMode::kMmap: return "mmap";
   }
   throw Error(ErrorKind::kInternal, "I/O mode " + std::to_string(static_cast<int>(mode)) + " is unknown");
 }

@@ -71,10 +71,11 @@ def _quantised_block(
     # Signed instructions take code - zero directly for 8-bit codes; otherwise the zero point leaves with the sum of the activations.
     shift = 0 if signed and fmt.zero == 128 else -fmt.zero
     starts = [let(activation[row, at + i64(9)] * tirx.IntImm("int32", shift)) for row in rows]
-    for part in range(TILE // lanes):
+
+    def emit(first: Expr) -> None:
         sums = [splat(start, lanes) for start in starts]
         for word in range(code_words):
-            packed = let(load(weights, block + i64(word * TILE + part * lanes), lanes=lanes))
+            packed = let(load(weights, block + i64(word * TILE) + first, lanes=lanes))
             if fmt.codes_per_word == 8:
                 mask = splat(tirx.IntImm("int32", 0x0F0F0F0F), lanes)
                 halves = [let(packed & mask), let((packed >> splat(tirx.IntImm("int32", 4), lanes)) & mask)]
@@ -86,12 +87,19 @@ def _quantised_block(
                 for r, row in enumerate(rows):
                     x = activation[row, at + i64(word * len(halves) + half)]
                     sums[r] = simd.dot4_signed(sums[r], codes, x) if signed else simd.dot4(sums[r], codes, x)
-        half_words = load(weights, block + i64(code_words * TILE + part * lanes // 2), lanes=lanes // 2)
+        half_words = load(weights, block + i64(code_words * TILE) + T.floordiv(first, i64(2)), lanes=lanes // 2)
         weight_scale = let(T.Cast(f"float32x{lanes}", T.reinterpret(f"float16x{lanes}", half_words)))
         for r in range(len(rows)):
-            old = load(acc[r], i64(part * lanes), lanes=lanes)
+            old = load(acc[r], first, lanes=lanes)
             total = T.Cast(f"float32x{lanes}", T.Cast(vector, sums[r]))
-            store(acc[r], old + total * (weight_scale * splat(scales[r], lanes)), i64(part * lanes), lanes=lanes)
+            store(acc[r], old + total * (weight_scale * splat(scales[r], lanes)), first, lanes=lanes)
+
+    if simd.unrolls:
+        for part in range(TILE // lanes):
+            emit(i64(part * lanes))
+    else:
+        with loop(TILE // lanes) as part:
+            emit(let(part * i64(lanes)))
 
 
 def _float_block(

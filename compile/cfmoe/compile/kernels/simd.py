@@ -21,6 +21,11 @@ class Simd:
     lanes: int
     dot: str
 
+    @property
+    def unrolls(self) -> bool:
+        """Whether a tile's vectors are written out. Short vectors are looped over: written out they take minutes to compile."""
+        return self.dot == "vnni"
+
     def _vector(self, dtype: str, factor: int = 1) -> str:
         return f"{dtype}x{self.lanes * factor}"
 
