@@ -36,7 +36,9 @@ def built(request: pytest.FixtureRequest) -> Any:
     target = request.param
     functions = {"quantise": activation.quantise("quantise", None, HIDDEN)}
     for fmt in FORMATS:
-        functions[f"linear_{fmt}"] = linear.linear(f"linear_{fmt}", target.simd, LinearShape(fmt, HIDDEN, OUTPUTS, bias=True, residual=True))
+        functions[f"linear_{fmt}"] = linear.linear(
+            f"linear_{fmt}", target.simd, LinearShape(fmt, HIDDEN, OUTPUTS, bias=True, residual=True)
+        )
         functions[f"embedding_{fmt}"] = linear.embedding(f"embedding_{fmt}", fmt, OUTPUTS, HIDDEN, None)
         for phase in ("prefill", "decode"):
             for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):

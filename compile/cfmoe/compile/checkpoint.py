@@ -37,7 +37,9 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
-            raise CFMoEError(f"{directory}: is not a directory; give the directory of a Hugging Face checkpoint (config.json and *.safetensors)")
+            raise CFMoEError(
+                f"{directory}: is not a directory; give the directory of a Hugging Face checkpoint (config.json and *.safetensors)"
+            )
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self.tensors = self._locate()
@@ -79,7 +81,9 @@ class Checkpoint:
         Raises CFMoEError where it is missing or its shape contradicts config.json.
         """
         if name not in self.tensors:
-            raise CFMoEError(f"{self.directory}: tensor {name} is missing; the checkpoint is incomplete or of another family than config.json says")
+            raise CFMoEError(
+                f"{self.directory}: tensor {name} is missing; the checkpoint is incomplete or of another family than config.json says"
+            )
         file = self.tensors[name]
         with ExitStack() as stack:
             stack.enter_context(self._reading(file))

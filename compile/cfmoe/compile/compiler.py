@@ -104,7 +104,12 @@ def _model_facts(name: str, c: DecoderConfig) -> dict[str, Any]:
 
 
 def _write_target(
-    writer: ArtifactWriter, target: cpu_targets.CpuTarget, config: DecoderConfig, quantisation: Quantisation, chunk: int, dump_ir: Path | None
+    writer: ArtifactWriter,
+    target: cpu_targets.CpuTarget,
+    config: DecoderConfig,
+    quantisation: Quantisation,
+    chunk: int,
+    dump_ir: Path | None,
 ) -> tuple[dict[str, Any], str]:
     mod, parameters = lower(config, quantisation, target, chunk, dump_ir)
     kernels = kernels_of(mod)

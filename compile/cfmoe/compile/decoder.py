@@ -97,9 +97,7 @@ class Layer(nn.Module):
             if c.shared_gate:
                 self.shared_gate = Linear("f32", c.hidden_size, 32)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, k_cache: Tensor, v_cache: Tensor, position: object
-    ) -> Tensor:  # x: (n, hidden)
+    def forward(self, x: Tensor, rope: Tensor, k_cache: Tensor, v_cache: Tensor, position: object) -> Tensor:  # x: (n, hidden)
         x = op.add(x, self._attention(self.input_norm(x), rope, k_cache, v_cache, position))
         normed = self.post_norm(x)
         if self.moe is None:
@@ -123,10 +121,8 @@ class Layer(nn.Module):
         ids, weights = _host_step("route", [logits], self.moe, [(chosen, "int32"), (chosen, "float32")])
         if c.shared_ffn_size:
             shared = self.shared(activate(normed, self.quantisation["dense"], c.hidden_size))
-            if c.shared_gate:
-                x = _extern("gated_add", [shared, self.shared_gate(normed), x], [n, c.hidden_size])
-            else:
-                x = op.add(x, shared)
+            gated = [shared, self.shared_gate(normed), x] if c.shared_gate else []
+            x = _extern("gated_add", gated, [n, c.hidden_size]) if c.shared_gate else op.add(x, shared)
         fmt = self.quantisation["expert"]
         # Decode computes the experts of one token side by side, prefill one expert at a time over up to n tokens.
         scratch_rows = c.top_k if n == 1 else tirx.max(n, c.top_k)

@@ -19,11 +19,10 @@ TILE = 32  # outputs of one tile of a weight matrix
 
 def build(name: str, attrs: dict[str, Any], body: Callable[[], None]) -> tirx.PrimFunc:
     """Builds a PrimFunc called `name`; `body` declares the parameters and emits the statements."""
-    with IRBuilder() as ib:
-        with T.prim_func():
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True, **attrs})
-            body()
+    with IRBuilder() as ib, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, **attrs})
+        body()
     return ib.get()
 
 

@@ -71,7 +71,10 @@ def gate_up(name: str, simd: Simd, format_name: str, hidden: int, ffn: int, deco
 
 
 def down(name: str, simd: Simd, format_name: str, hidden: int, ffn: int, decode: bool) -> tirx.PrimFunc:
-    """(scratch [m, …], rows int32 [m], slab 1-D, out fp32 [n * top_k, hidden], word_offset, begin, end): out[rows[i]] = scratch[i] @ down."""
+    """(scratch [m, …], rows int32 [m], slab 1-D, out fp32 [n * top_k, hidden], word_offset, begin, end).
+
+    out[rows[i]] = scratch[i] @ down.
+    """
     fmt = FORMATS[format_name]
     skip = record_sections(format_name, hidden, ffn)["down"][0] // (fmt.words32 * 4 // fmt.words)
 

@@ -7,7 +7,25 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, absolute, build, f32, i64, let, load, local, loop, rint, splat, store, symbol, tensor
+from cfmoe.compile.kernels.builder import (
+    GROUP,
+    TILE,
+    Buffer,
+    Expr,
+    absolute,
+    build,
+    f32,
+    i64,
+    let,
+    load,
+    local,
+    loop,
+    rint,
+    splat,
+    store,
+    symbol,
+    tensor,
+)
 from cfmoe.compile.kernels.matmul import FORMATS
 
 LANES = 16

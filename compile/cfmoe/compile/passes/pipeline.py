@@ -21,13 +21,16 @@ def phases(simd: Simd) -> list[tuple[str, Sequence[tvm.transform.Pass]]]:
         ("fuse_linear_residual", [FuseLinearResidual()]),
         ("lower_to_kernels", [LowerToKernels(simd)]),
         ("legalise", [relax.transform.LegalizeOps(), relax.transform.DeadCodeElimination(["prefill", "decode", "head"])]),
-        ("plan_memory", [
-            relax.transform.ToNonDataflow(),
-            relax.transform.RemovePurityChecking(),
-            relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
-            relax.transform.CanonicalizeBindings(),
-        ]),
+        (
+            "plan_memory",
+            [
+                relax.transform.ToNonDataflow(),
+                relax.transform.RemovePurityChecking(),
+                relax.transform.CallTIRRewrite(),
+                relax.transform.StaticPlanBlockMemory(),
+                relax.transform.CanonicalizeBindings(),
+            ],
+        ),
     ]
 
 

@@ -7,7 +7,6 @@ import functools
 import importlib.resources
 import importlib.util
 import sys
-from pathlib import Path
 from ctypes import (
     CDLL,
     CFUNCTYPE,
@@ -25,6 +24,7 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
+from pathlib import Path
 
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 
