@@ -102,7 +102,7 @@ class Layer(nn.Module):
         normed = self.post_norm(x)
         if self.moe is None:
             return op.add(x, self.dense(activate(normed, self.quantisation["dense"], self.config.hidden_size)))
-        return self._experts(x, normed)
+        return self._experts(x, normed, self.moe)
 
     def _attention(self, x: Tensor, rope: Tensor, k_cache: Tensor, v_cache: Tensor, position: object) -> Tensor:
         c, fmt = self.config, self.quantisation["attention"]
@@ -113,12 +113,12 @@ class Layer(nn.Module):
         args = [qkv, *norms, rope, k_cache, v_cache, position, *attributes]
         return self.o(activate(_extern("attention", args, [qkv.shape[0], width]), fmt, width))
 
-    def _experts(self, x: Tensor, normed: Tensor) -> Tensor:
+    def _experts(self, x: Tensor, normed: Tensor, moe: int) -> Tensor:
         c = self.config
         n = x.shape[0]
         logits = self.router(normed)
         chosen: list[object] = [n, c.top_k]
-        ids, weights = _host_step("route", [logits], self.moe, [(chosen, "int32"), (chosen, "float32")])
+        ids, weights = _host_step("route", [logits], moe, [(chosen, "int32"), (chosen, "float32")])
         if c.shared_ffn_size:
             shared = self.shared(activate(normed, self.quantisation["dense"], c.hidden_size))
             gated = [shared, self.shared_gate(normed), x] if c.shared_gate else []
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         rows, _scratch = _host_step(
             "experts",
             [activate(normed, fmt, c.hidden_size), ids],
-            self.moe,
+            moe,
             [([n * c.top_k, c.hidden_size], "float32"), (scratch, FORMATS[fmt].activation_dtype)],
         )
         return _extern("combine", [x, rows, weights, c.top_k], [n, c.hidden_size])

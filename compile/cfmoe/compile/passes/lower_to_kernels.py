@@ -47,7 +47,7 @@ def _emitters(simd: Simd) -> dict[str, Callable[[str, int | None, list[Any], Pac
 
 @mutator
 class _Lowering(PyExprMutator):
-    def __init__(self, mod: tvm.IRModule, simd: Simd, kernels: dict[str, Any], phase: str) -> None:
+    def __init__(self, mod: tvm.IRModule, simd: Simd, kernels: dict[Any, Any], phase: str) -> None:
         super().__init__(mod)
         self.emitters = _emitters(simd)
         self.kernels = kernels
