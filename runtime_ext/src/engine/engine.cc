@@ -135,6 +135,7 @@ void Engine::load(const EngineOptions& options) {
   step.decode = {kernels_->get(names.gate_up.decode), kernels_->get(names.down.decode)};
   step.gate_up_tiles = names.gate_up.tiles;
   step.down_tiles = names.down.tiles;
+  step.record_bytes = artifact_.index.experts.record_bytes;
   step.slab_dtypes = names.slab_dtypes;
   step.experts = facts.num_experts;
   step.top_k = facts.top_k;

@@ -14,6 +14,9 @@ namespace {
 constexpr int32_t kAlignedInts = 16;  // 64 bytes
 // A tile's weights are unpacked once for all of its rows; that costs about as much as these.
 constexpr int64_t kRowsPerUnpacking = 2;
+// Weights that a wave must touch before it is worth a parallel region. A thread that the system has taken off its CPU
+// holds the others up for milliseconds; a quarter of a mebibyte is done alone in some ten microseconds.
+constexpr uint64_t kParallelBytes = 256 * 1024;
 
 int64_t aligned_ints(int64_t count) { return (count + kAlignedInts - 1) / kAlignedInts * kAlignedInts; }
 
@@ -112,9 +115,9 @@ void ExpertsStep::add(const ReadyExpert& ready, int32_t* rows_in, int32_t* rows_
   for (int32_t bound : {4 + i, 5 + i}) work.gate_up[bound] = work.down[bound] = integer_argument(0);
 }
 
-int ExpertsStep::run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32_t thread) const {
+int ExpertsStep::run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32_t thread, int32_t threads) const {
   const int64_t total = wave_[wave_size_ - 1].cost_end * tiles;
-  const int64_t from = total * thread / pool_.size(), to = total * (thread + 1) / pool_.size();
+  const int64_t from = total * thread / threads, to = total * (thread + 1) / threads;
   for (int32_t i = 0; i < wave_size_; ++i) {
     const Work& work = wave_[i];
     const int64_t start = (work.cost_end - work.cost) * tiles;
@@ -133,10 +136,12 @@ int ExpertsStep::run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32
 
 void ExpertsStep::flush(const ExpertKernelSet& kernels) {
   if (wave_size_ == 0) return;
-  auto gate_up = [&](int32_t thread) { return run_tiles(kernels.gate_up, false, facts_.gate_up_tiles, thread); };
-  auto down = [&](int32_t thread) { return run_tiles(kernels.down, true, facts_.down_tiles, thread); };
-  pool_.run(pool_.size(), gate_up);
-  pool_.run(pool_.size(), down);
+  const auto passes = static_cast<uint64_t>(wave_[wave_size_ - 1].cost_end) / (1 + kRowsPerUnpacking);
+  const int32_t threads = passes * facts_.record_bytes < kParallelBytes ? 1 : pool_.size();
+  auto gate_up = [&](int32_t t) { return run_tiles(kernels.gate_up, false, facts_.gate_up_tiles, t, threads); };
+  auto down = [&](int32_t t) { return run_tiles(kernels.down, true, facts_.down_tiles, t, threads); };
+  pool_.run(threads, gate_up);
+  pool_.run(threads, down);
   wave_size_ = 0;
 }
 

@@ -22,6 +22,7 @@ struct ExpertKernelSet {
 struct ExpertsStepFacts {
   ExpertKernelSet prefill, decode;
   int32_t gate_up_tiles = 0, down_tiles = 0;
+  uint64_t record_bytes = 0;
   std::vector<DType> slab_dtypes;
   int32_t experts = 0, top_k = 0, chunk = 0;
 };
@@ -70,7 +71,7 @@ class ExpertsStep {
            const ExpertsTensors& tensors);
   // Runs what add() gathered: all gate_up tiles, then all down tiles.
   void flush(const ExpertKernelSet& kernels);
-  int run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32_t thread) const;
+  int run_tiles(const Kernel& kernel, bool down, int32_t tiles, int32_t thread, int32_t threads) const;
 
   ExpertsStepFacts facts_;
   ExpertCache& cache_;

@@ -32,6 +32,8 @@ from cfmoe.compile.kernels.builder import (
 
 LANES = 16  # also the positions of one K block
 NEGATIVE = -3.0e38
+# Multiply-adds of a decoded token's scores above which its heads are shared out among the threads.
+MIN_PARALLEL_SCORES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,18 @@ def attention(name: str, shape: AttentionShape) -> tirx.PrimFunc:
                     value = load(qkv, row, source, lanes=LANES)
                     store(values, T.Cast(f"{shape.kv_dtype}x{LANES}", value), head, place, at, lanes=LANES)
 
-        with loop(n * i64(heads), parallel=True) as item:
-            _attend(shape, out, keys, values, let(T.floordiv(item, i64(heads))), let(T.floormod(item, i64(heads))), position)
+        def attend_all(parallel: bool) -> None:
+            with loop(n * i64(heads), parallel=parallel) as item:
+                _attend(shape, out, keys, values, let(T.floordiv(item, i64(heads))), let(T.floormod(item, i64(heads))), position)
+
+        if shape.rows != 1:
+            attend_all(parallel=True)
+            return
+        with T.If(position < i64(max(1, MIN_PARALLEL_SCORES // (heads * dim)))):
+            with T.Then():
+                attend_all(parallel=False)
+            with T.Else():
+                attend_all(parallel=True)
 
     return build(name, {}, body)
 

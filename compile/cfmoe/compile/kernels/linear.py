@@ -12,8 +12,9 @@ from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, build, i64,
 from cfmoe.compile.kernels.matmul import FORMATS, ROW_BLOCK, Format, accumulate, packed_size, padded
 from cfmoe.compile.kernels.simd import Simd
 
-# Below this many weight bytes a parallel region costs more than it saves for a single row.
-MIN_PARALLEL_BYTES = 48 * 1024
+# Below this many weight bytes one row is done sooner than a parallel region is worth: a thread that the system has taken off its CPU holds the
+# others up for milliseconds.
+MIN_PARALLEL_BYTES = 256 * 1024
 
 
 def for_row_blocks(rows: Expr, static_rows: int | None, emit: Callable[[Sequence[Expr]], None]) -> None:
