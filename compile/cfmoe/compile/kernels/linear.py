@@ -12,8 +12,8 @@ from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, build, i64,
 from cfmoe.compile.kernels.matmul import FORMATS, ROW_BLOCK, Format, accumulate, packed_size, padded
 from cfmoe.compile.kernels.simd import Simd
 
-# Below this many weight bytes one row is done sooner than a parallel region is worth: a thread that the system has taken off its CPU holds the
-# others up for milliseconds.
+# Below this many weight bytes one row is done sooner than a parallel region is worth: a thread that the system has taken off its CPU
+# holds the others up for milliseconds.
 MIN_PARALLEL_BYTES = 256 * 1024
 
 
