@@ -27,7 +27,7 @@ from cfmoe.compile.kernels.matmul import FORMATS
 from cfmoe.measure.machine import describe
 
 SHAPES = {"OLMoE": (2048, 1024), "DeepSeek-MoE": (2048, 1408), "Mixtral": (4096, 14336)}
-SLAB_BYTES = 1 << 30  # above any last-level cache
+SLAB_BYTES = 1 << 29  # above any last-level cache
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:

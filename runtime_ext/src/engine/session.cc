@@ -73,8 +73,9 @@ void Session::begin(std::span<const int32_t> tokens) {
     std::string message = "the prompt has " + std::to_string(tokens.size()) + " tokens";
     if (position() > 0) message += " and the conversation so far " + std::to_string(position());
     message += ", more than the context of " + std::to_string(context) + " holds: shorten the prompt";
-    if (position() > 0) message += ", reset the session";
-    if (context < largest) message += " or raise --context-size (the model's limit is " + std::to_string(largest) + ")";
+    if (position() > 0) message += " or reset the session";
+    if (context < largest)
+      message += ", or raise --context-size (the model's limit is " + std::to_string(largest) + ")";
     throw Error(message);
   }
   engine_.cancelled() = false;
