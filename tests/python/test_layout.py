@@ -46,6 +46,6 @@ def test_readme_tree_is_true() -> None:
     assert tree is not None
     paths = [line.split()[0] for line in tree.group(1).splitlines() if line.strip()]
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    ignored = {"build", "dist", "out", "benchmarks"}
+    ignored = {"build", "dist", "out"}
     top = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - ignored
     assert top - {path.split("/")[0] for path in paths} == set()
