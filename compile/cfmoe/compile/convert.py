@@ -93,18 +93,17 @@ class Converter:
         parts = (pack_interleaved(gate, up, fmt), pack(down, fmt))
         return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
-    def write(self, writer: ArtifactWriter, progress: Progress) -> list[str]:
-        """Streams everything; returns the names of the dense tensors in order."""
+    def write(self, writer: ArtifactWriter, progress: Progress) -> None:
+        """Streams everything into `writer`."""
         c = self.config
         fmt = self.quantisation["expert"]
         sections = record_sections(fmt, c.hidden_size, c.expert_ffn_size)
         size = sum(length for _, length in sections.values())
         writer.set_expert_layout(fmt, len(c.moe_layers), c.num_experts, size, sections)
         total = c.num_layers + len(c.moe_layers) * c.num_experts
-        done, written = 0, []
+        done = 0
         for name, array in self.dense_weights():
             writer.add_weight(name, array.reshape(-1))
-            written.append(name)
             if name.endswith("input_norm.weight"):
                 done += 1
                 progress("dense weights", done, total)
@@ -113,4 +112,3 @@ class Converter:
                 writer.add_expert(ordinal, expert, self.expert_record(layer, expert))
                 done += 1
                 progress(f"experts of layer {layer}", done, total)
-        return written

@@ -33,8 +33,4 @@ class _Rewriter(PyExprMutator):
 @tvm.transform.module_pass(opt_level=0, name="FuseLinearResidual")
 class FuseLinearResidual:
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
-        for var, function in mod.functions_items():
-            if isinstance(function, relax.Function):
-                rewriter = _Rewriter(mod, packed_call.single_uses(function))
-                mod[var] = rewriter.visit_expr(function)
-        return relax.transform.DeadCodeElimination()(mod)
+        return packed_call.rewrite(mod, _Rewriter)

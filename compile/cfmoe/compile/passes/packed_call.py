@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import ir, relax
 from tvm.relax.type import TensorType
 
@@ -64,3 +66,11 @@ def single_uses(function: relax.Function) -> set[Any]:
             relax.analysis.post_order_visit(binding.value, visit)
     relax.analysis.post_order_visit(function.body.body, visit)
     return {var for var, uses in counts.items() if uses == 1}
+
+
+def rewrite(mod: tvm.IRModule, rewriter: Callable[[tvm.IRModule, set[Any]], Any]) -> tvm.IRModule:
+    """Runs a fresh `rewriter(mod, single uses)` over every Relax function, then drops what nothing reads any more."""
+    for var, function in mod.functions_items():
+        if isinstance(function, relax.Function):
+            mod[var] = rewriter(mod, single_uses(function)).visit_expr(function)
+    return relax.transform.DeadCodeElimination()(mod)
