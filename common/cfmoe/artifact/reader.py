@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfmoe.artifact.digest import have_xxhash, xxh3_64
+from cfmoe.artifact.digest import xxh3_64
 from cfmoe.artifact.fields import Fields
 from cfmoe.artifact.layout import (
     EXPERT_ALIGNMENT,
@@ -236,8 +236,7 @@ def _check_seal(data: bytes, path: Path) -> None:
     tail = data[-SEAL_BYTES:]
     if not (tail.startswith(SEAL_PREFIX) and tail.endswith(SEAL_SUFFIX)):
         raise CFMoEError(f"{path} does not end in its seal, so it was edited or cut short; {_RECOMPILE}")
-    # Without xxhash (the base install) the seal is left to the engine, which always checks it.
-    if have_xxhash() and xxh3_64(data[:-SEAL_BYTES]) != tail[len(SEAL_PREFIX) : -len(SEAL_SUFFIX)].decode("ascii", "replace"):
+    if xxh3_64(data[:-SEAL_BYTES]) != tail[len(SEAL_PREFIX) : -len(SEAL_SUFFIX)].decode("ascii", "replace"):
         raise CFMoEError(f"{path} does not match its seal, so it was edited or damaged; copy the artifact again or {_RECOMPILE}")
 
 

@@ -22,8 +22,8 @@ _KERNEL_FEATURES = {
 _TOOLS = ("g++", "clang++", "cmake", "ninja", "clang-format", "glslangValidator", "spirv-opt", "adb", "java")
 
 _PACKAGES = {
-    "run": ("apache-tvm-ffi", "numpy", "tokenizers", "typer", "rich"),
-    "compile": ("apache-tvm", "ml_dtypes", "safetensors", "xxhash"),
+    "run": ("apache-tvm-ffi", "numpy", "tokenizers", "typer", "rich", "xxhash"),
+    "compile": ("apache-tvm", "ml_dtypes", "safetensors"),
     "tune": ("torch", "transformers", "peft", "accelerate"),
     "report": ("matplotlib",),
     "chat": ("jinja2",),
