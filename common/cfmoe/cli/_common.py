@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from cfmoe.errors import CFMoEError
 
@@ -46,11 +47,12 @@ def progress_bar() -> Iterator[ProgressCallback]:
 
 def facts_table(title: str, rows: list[tuple[str, str]]) -> Table:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    # Text, because rich would read [brackets] in a string as markup and swallow them.
+    table = Table(title=Text(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table
 
 
