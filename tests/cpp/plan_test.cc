@@ -40,12 +40,12 @@ TEST_CASE("a valid plan is read whole") {
   CHECK(plan.kv.layers == 3);
   CHECK(tensor_bytes(plan.kv.dtype, plan.kv.k_shape, {1, 0, 64}) == 2 * 4 * 16 * 16 * 2);
   CHECK(plan.experts.down.tiles == 2);
-  CHECK(plan.prefill.buffers.size() == 11);
-  CHECK(plan.prefill.buffers[2].layer == 2);
-  CHECK(plan.prefill.steps.size() == 3);
-  CHECK(plan.prefill.steps[0].arguments[2].scalar.evaluate({5, 20, 64}) == 21);
-  CHECK(plan.prefill.steps[2].scratch == 10);
-  CHECK(plan.decode.output == 4);
+  CHECK(plan.prefill.buffers.size() == 13);
+  CHECK(plan.prefill.buffers[11].layer == 1);
+  CHECK(plan.prefill.steps.size() == 11);
+  CHECK(plan.prefill.steps[1].arguments[3].scalar.evaluate({5, 20, 64}) == 20);
+  CHECK(plan.prefill.steps[4].scratch == 8);
+  CHECK(plan.decode.output == 2);
   CHECK(plan.head.steps[0].kernel == "head");
 }
 
@@ -98,22 +98,22 @@ TEST_CASE("a plan that disagrees with the manifest or the index is refused") {
 }
 
 TEST_CASE("buffers and steps that reach outside are refused") {
-  refused("\"workspace_bytes\": 20480", "\"workspace_bytes\": 16639", {"offset", "workspace_bytes"});
-  refused("\"workspace_bytes\": 20480", "\"workspace_bytes\": -1", {"workspace_bytes"});
+  refused("\"workspace_bytes\": 16640", "\"workspace_bytes\": 16639", {"offset", "workspace_bytes"});
+  refused("\"workspace_bytes\": 16640", "\"workspace_bytes\": -1", {"workspace_bytes"});
   refused("\"offset\": 4096", "\"offset\": 4100", {"multiple of 64"});
   refused("\"offset\": 4096", "\"offset\": 9223372036854775807", {"offset"});
-  refused("\"output\": 4", "\"output\": 11", {"output"});
-  refused("\"output\": 4", "\"output\": 1", {"output"});
-  refused("\"output\": 4", "\"output\": -1", {"output"});
+  refused("\"output\": 2", "\"output\": 13", {"output"});
+  refused("\"output\": 2", "\"output\": 1", {"output"});
+  refused("\"output\": 2", "\"output\": -1", {"output"});
   refused("{\"buffer\": 1}", "{\"buffer\": 99}", {"args[1].buffer"});
   refused("{\"buffer\": 1}", "{\"bufer\": 1}", {"args[1]"});
-  refused("\"layer\": 2", "\"layer\": 3", {"layer"});
+  refused("\"k_cache\", \"layer\": 0", "\"k_cache\", \"layer\": 3", {"layer"});
   refused("\"layer\": 1, \"logits\"", "\"layer\": 2, \"logits\"", {"layer"});
-  refused("\"kernel\": \"embedding_1\"", "\"kernel\": \"../x\"", {"kernel's name"});
+  refused("\"kernel\": \"embed\"", "\"kernel\": \"../x\"", {"kernel's name"});
   refused("\"op\": \"route\"", "\"op\": \"jump\"", {"not one of"});
-  refused("\"ids\": 6, \"weights\"", "\"ids\": 7, \"weights\"", {"ids", "int32"});
-  refused("\"logits\": 5", "\"logits\": 7", {"logits", "fewer scores"});
-  refused("\"logits\": 5", "\"logits\": 1", {"logits", "no workspace buffer"});
+  refused("\"ids\": 4, \"weights\"", "\"ids\": 5, \"weights\"", {"ids", "int32"});
+  refused("\"logits\": 3", "\"logits\": 5", {"logits", "fewer scores"});
+  refused("\"logits\": 3", "\"logits\": 1", {"logits", "no workspace buffer"});
   refused("[\"mul\", \"n\", 2]", "[\"mul\", \"n\", 1]", {"rows", "wrong for n"});
   refused("[\"max\", \"n\", 2]", "\"n\"", {"scratch", "wrong for n = 1"});
   refused("\"offset\": 15616, \"dtype\": \"int32\", \"shape\": [[\"max\", \"n\", 2], 16]",
