@@ -1,0 +1,499 @@
+"""How much expert memory locality saves, and what it costs: the Pareto table of docs/locality.md.
+
+Run as: python benchmarks/locality.py run --plan screen --model DIR --train corpus_train.jsonl.xz --eval corpus_eval.jsonl.xz --out DIR
+        python benchmarks/locality.py report --out DIR
+
+Every run of a plan is one JSON file in the output folder, so a second call goes on where the first was stopped. --minutes ends a call
+in time, --processes lets several small runs share one GPU. Trains on some domains of a domain-labelled corpus and measures held-out
+documents of these and of the untouched ones: loss, ECR, and the exact hit rate of one LRU cache at every size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path[:0] = [str(Path(__file__).parent.parent / root) for root in ("common", "tune")]  # a machine that only measures needs no build
+
+from cfmoe.tune.elastic import LoraSettings, adapt, load_model, merge, plan_ranks, save_adapter, trainable_parameters  # noqa: E402
+from cfmoe.tune.locality import KINDS, Locality, locality_loss, segment_ids  # noqa: E402
+from cfmoe.tune.routers import RouterRecorder, find_moe_layers  # noqa: E402
+from cfmoe.tune.schedule import QualityBudget, weight_at  # noqa: E402
+
+UNTOUCHED = ("proposals", "literature")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; its fields are all that tells it from another."""
+
+    name: str
+    adapter: str = "lora"  # lora, router, full, elastic
+    kind: str = "none"
+    weight: float = 0.0
+    budget: float = 0.0  # of perplexity; above 0 it chooses the weight
+    quality: str = "distill"  # distill, ce
+    steps: int = 300
+    lr: float = 1e-3
+    rank: int = 16
+    alpha: float = 16.0
+    threshold: float | None = None
+    rank_budget: int | None = None
+    seed: int = 0
+    settings: dict[str, float] = field(default_factory=dict)  # of the loss
+
+
+# --- the plans --------------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "js": (0.1, 0.3, 1.0),
+    "kl": (0.02, 0.06, 0.2),
+    "l2": (0.3, 1.0, 3.0),
+    "overlap": (0.03, 0.06, 0.12),
+    "hinge": (0.05, 0.1, 0.2),
+    "window": (0.1, 0.2, 0.4),
+    "cache": (0.2, 0.5, 1.0),
+}
+LEARNING_RATE = {"lora": 1e-3, "elastic": 1e-3, "router": 1e-3, "full": 2e-4}
+
+
+def screen(steps: int, kinds: Sequence[str], adapters: Sequence[str]) -> Iterator[Run]:
+    """Loss kinds × weights × adapters, one seed; the middle weights come first, so that a call cut short has seen every kind."""
+    for adapter in adapters:
+        yield Run(f"{adapter}-none", adapter, steps=steps, lr=LEARNING_RATE[adapter])
+    for index in (1, 0, 2):
+        for adapter in adapters:
+            for kind in kinds:
+                weight = WEIGHTS[kind][index]
+                yield Run(f"{adapter}-{kind}-{weight:g}", adapter, kind, weight, steps=steps, lr=LEARNING_RATE[adapter])
+
+
+def elastic(run: Run, threshold: float, rank_budget: int | None) -> Run:
+    return replace(run, threshold=threshold, rank_budget=rank_budget) if run.adapter == "elastic" else run
+
+
+# --- data -------------------------------------------------------------------------------------------------------------------------
+
+
+def tokenise(path: Path, model: Path, kept: Path) -> dict[str, np.ndarray]:
+    """The tokens of every domain, documents ended by token 0, as one stream each; kept as an .npz for the next process."""
+    if not kept.exists():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        texts: dict[str, list[str]] = {}
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                texts.setdefault(row["domain"], []).append(row["text"])
+        streams = {}
+        for domain, documents in texts.items():
+            encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+            streams[domain] = np.concatenate([np.array([*one.ids, 0], np.uint16) for one in encoded])
+        beside = kept.with_suffix(f".{os.getpid()}.tmp.npz")
+        np.savez(beside, **streams)
+        os.replace(beside, kept)
+    with np.load(kept) as data:
+        return {name: data[name] for name in data.files}
+
+
+@dataclass
+class Rows:
+    """Sequences of one length: tokens, which of them are to be predicted, and which are no padding; padding comes last."""
+
+    tokens: Tensor  # (rows, length) int32
+    wanted: Tensor  # (rows, length) bool
+    real: Tensor  # (rows, length) bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, which: slice | Tensor, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens[which].to(device, torch.int64), self.wanted[which].to(device), self.real[which].to(device)
+
+    def to(self, device: str) -> Rows:
+        return Rows(self.tokens.to(device), self.wanted.to(device), self.real.to(device))
+
+
+def text_rows(streams: Sequence[np.ndarray], length: int, limit: int | None = None) -> Rows:
+    """Whole rows cut from token streams; what does not fill a row is left out."""
+    cut = [stream[: len(stream) // length * length].astype(np.int32).reshape(-1, length)[:limit] for stream in streams]
+    tokens = torch.from_numpy(np.concatenate(cut))
+    everything = torch.ones(tokens.shape, dtype=torch.bool)
+    return Rows(tokens, everything, everything)
+
+
+def question_rows(path: Path, model: Path, length: int) -> Rows:
+    """A question and its answer per row, of which the answer is to be predicted; longer ones are left out."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    tokens, wanted, real = [], [], []
+    for line in lines:
+        prompt = tokenizer.encode(f"Question: {line['question']}\nAnswer:", add_special_tokens=False).ids
+        answer = [*tokenizer.encode(" " + line["answer"], add_special_tokens=False).ids, 0]
+        rest = length - len(prompt) - len(answer)
+        if rest >= 0:
+            tokens.append([*prompt, *answer, *[0] * rest])
+            wanted.append([False] * len(prompt) + [True] * len(answer) + [False] * rest)
+            real.append([True] * (length - rest) + [False] * rest)
+    return Rows(torch.tensor(tokens, dtype=torch.int32), torch.tensor(wanted), torch.tensor(real))
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------------
+
+
+def lru_hits(
+    ids: Tensor,  # (layers, batch, seq, top_k)
+    real: Tensor,  # (batch, seq) bool, False for padding after the end
+    experts: int,
+) -> Tensor:  # (layers * experts + 1,) hits at every cache size, summed over the batch
+    """Exact hits of one LRU cache of all layers at every size, cold at the start of a row, by stack distances (Mattson et al., 1970).
+
+    A (token, layer) is a group: what is resident at its start hits, as in the engine.
+    """
+    layers, batch, seq, top_k = ids.shape
+    order = torch.arange(seq * layers * top_k, device=ids.device).view(seq, layers, top_k).transpose(0, 1) + 1
+    used = torch.zeros(layers, batch, seq, experts, dtype=torch.int32, device=ids.device)
+    used.scatter_(-1, ids, order[:, None].expand(-1, batch, -1, -1).int())
+    after = used.cummax(2).values
+    before = functional.pad(after[:, :, :-1], (0, 0, 1, 0))
+    histogram = torch.zeros(layers * experts + 1, dtype=torch.int64, device=ids.device)
+    for layer in range(layers):
+        state = torch.cat([after[:layer], before[layer:]]).permute(1, 2, 0, 3).reshape(batch, seq, layers * experts)
+        last = before[layer].gather(-1, ids[layer])  # (batch, seq, top_k)
+        for slot in range(top_k):
+            rank = (state > last[..., slot : slot + 1]).sum(-1)
+            histogram += torch.bincount(rank[real & (last[..., slot] > 0)], minlength=layers * experts + 1)
+    return functional.pad(histogram.cumsum(0)[:-1], (1, 0))
+
+
+def consistency(ids: Tensor, real: Tensor) -> Tensor:  # (layers,)
+    """Of every layer the sum over consecutive tokens of |E ∩ E'| / k."""
+    same = (ids[:, :, 1:, :, None] == ids[:, :, :-1, None, :]).any(-1).double().mean(-1)
+    return (same * real[:, 1:]).sum((1, 2))
+
+
+@torch.no_grad()
+def evaluate(model: Any, data: dict[str, Rows], device: str, batch: int = 16) -> dict[str, Any]:
+    """Per domain: nats per token, tokens, ECR per layer and the LRU curve; in the precision of the model, without autocast."""
+    with RouterRecorder(model.eval()) as recorder:
+        return {domain: _evaluate_rows(model, recorder, one, device, batch) for domain, one in data.items()}
+
+
+def _evaluate_rows(model: Any, recorder: RouterRecorder, data: Rows, device: str, batch: int) -> dict[str, Any]:
+    loss, count, pairs, accesses, hits, ecr = 0.0, 0, 0, 0, torch.zeros(()), torch.zeros(())
+    for start in range(0, len(data), batch):
+        tokens, wanted, real = data.take(slice(start, start + batch), device)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        nats = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        loss += nats[wanted[:, 1:].flatten()].sum().item()
+        count += int(wanted[:, 1:].sum())
+        ids = torch.stack(recorder.ids).view(len(recorder.layers), *tokens.shape, -1)
+        hits = hits + lru_hits(ids, real, recorder.layers[0].num_experts).cpu()
+        ecr = ecr + consistency(ids, real).cpu()
+        pairs += int(real[:, 1:].sum())
+        accesses += int(real.sum()) * ids.shape[0] * ids.shape[-1]
+    return {"loss": loss / count, "tokens": count, "ecr": (ecr / pairs).tolist(), "hits": hits.long().tolist(), "accesses": accesses}
+
+
+def pooled(domains: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """One row of several domains' measurements, weighted by tokens."""
+    chosen = [domains[name] for name in names]
+    tokens = [one["tokens"] for one in chosen]
+    accesses = sum(one["accesses"] for one in chosen)
+    return {
+        "loss": float(np.average([one["loss"] for one in chosen], weights=tokens)),
+        "ecr": np.average([one["ecr"] for one in chosen], axis=0, weights=tokens).tolist(),
+        "chr": (np.sum([one["hits"] for one in chosen], axis=0) / accesses).tolist(),
+    }
+
+
+def equal_hit_size(base: Sequence[float], tuned: Sequence[float], share: float = 0.5) -> float:
+    """The cache, as a share of all experts, at which `tuned` reaches the base model's hit rate at `share`, between sizes by line."""
+    wanted = base[round(share * (len(base) - 1))]
+    size = next((size for size, rate in enumerate(tuned) if rate >= wanted), len(tuned) - 1)
+    low, high = tuned[max(0, size - 1)], tuned[size]
+    exact = size if high <= low else size - 1 + min(1.0, (wanted - low) / (high - low))
+    return exact / (len(base) - 1)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------------
+
+
+def quality_terms(run: Run, logits: Tensor, teacher: Tensor, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The quality term and the loss above the base model's, both in nats per wanted token."""
+    places = wanted[:, 1:]
+    own = functional.log_softmax(logits[:, :-1][places].float(), dim=-1)
+    base = functional.log_softmax(teacher[:, :-1][places].float(), dim=-1)
+    if run.quality == "distill":  # KL(base ‖ tuned): Hinton et al., arXiv:1503.02531, at temperature 1
+        divergence = (base.exp() * (base - own)).sum(-1).mean()
+        return divergence, divergence.detach()
+    target = tokens[:, 1:][places][:, None]
+    loss = -own.gather(-1, target).mean()
+    return loss, loss.detach() + base.gather(-1, target).mean()
+
+
+def train(run: Run, bench: Bench) -> dict[str, Any]:
+    """Trains one run and measures it."""
+    torch.manual_seed(run.seed)
+    device = bench.device
+    bf16 = device == "cuda"
+    model = load_model(bench.model, torch.bfloat16 if bf16 and run.adapter != "full" else torch.float32, device=device)
+    layers = find_moe_layers(model)
+    ranks = plan_ranks(bench.base_ecr, run.rank, run.threshold, run.rank_budget)
+    adapter = "lora" if run.adapter == "elastic" else run.adapter
+    model = adapt(model, [layer.router_name for layer in layers], adapter, ranks, LoraSettings(run.alpha))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=bf16)
+    loss_of = Locality(run.kind, layers[0].top_k, **run.settings) if run.kind != "none" else None
+    control = QualityBudget(run.budget) if run.budget else None
+    data = bench.train_rows
+    order = torch.Generator().manual_seed(run.seed)
+    picks = torch.cat([torch.randperm(len(data), generator=order) for _ in range(1 + run.steps * bench.batch // len(data))])
+    recorder = RouterRecorder(model.train())
+    recorder.__enter__()
+    log, weight, start = [], 0.0, time.perf_counter()
+    for step in range(run.steps):
+        tokens, wanted, real = data.take(picks[step * bench.batch : (step + 1) * bench.batch], device)
+        scale = min(1.0, (step + 1) / (0.05 * run.steps)) * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = run.lr * scale
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                teacher = bench.base(input_ids=tokens, use_cache=False).logits
+            logits = model(input_ids=tokens, use_cache=False).logits
+        quality, excess = quality_terms(run, logits, teacher, tokens, wanted)
+        del teacher, logits
+        total, local = quality, quality.new_zeros(())
+        if loss_of is not None:
+            weight = weight_at(step, run.steps, control.weight if control else run.weight)
+            local = locality_loss(loss_of, recorder.logits, segment_ids(real, None), recorder.ids)
+            total = quality + weight * local
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if control is not None:
+            control.update(excess.item())
+        if step % 20 == 0 or step == run.steps - 1:
+            log.append([step, round(quality.item(), 5), round(excess.item(), 5), round(local.item(), 5), weight])
+            bench.say(f"{run.name} {step}/{run.steps} quality {log[-1][1]} locality {log[-1][3]} weight {weight:.4g}")
+    seconds = time.perf_counter() - start
+    count, _ = trainable_parameters(model)
+    if run.name in bench.keep or bench.keep == ["all"]:
+        save_adapter(model, bench.out / f"{run.name}.adapter")
+    measured = evaluate(_plain(model), bench.eval_rows, device)
+    return {
+        "run": asdict(run),
+        "ranks": ranks,
+        "trained": count,
+        "seconds": seconds,
+        "batch": [bench.batch, bench.length],
+        "log": log,
+        "eval": measured,
+    }
+
+
+def _plain(model: Any) -> Any:
+    """The model with the adapter folded in, rounded to bfloat16 as it will be shipped, to be measured in float32."""
+    return merge(model.float()).bfloat16().float()
+
+
+class Bench:
+    """What all runs of a process share: the base model, the data and where results go."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out: Path = options.out
+        self.model: Path = options.model
+        self.device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.batch, self.length = options.batch, options.length
+        self.keep: list[str] = options.keep.split(",") if options.keep else []
+        self.quiet: bool = options.quiet
+        if options.questions:
+            every = question_rows(options.questions, self.model, self.length)
+            held = torch.arange(len(every)) % 20 == 0
+            self.train_rows, kept_back = (Rows(every.tokens[w], every.wanted[w], every.real[w]) for w in (~held, held))
+            self.eval_rows, self.trained = {"questions": kept_back}, ["questions"]
+        else:
+            train = tokenise(options.train, self.model, self.out / "train.npz")
+            held_out = tokenise(options.eval, self.model, self.out / "eval.npz")
+            self.train_rows = text_rows([train[name] for name in sorted(train) if name not in UNTOUCHED], self.length)
+            cut = {name: text_rows([stream], self.length, options.eval_rows) for name, stream in held_out.items()}
+            self.eval_rows = {name: one for name, one in cut.items() if len(one)}
+            self.trained = [name for name in self.eval_rows if name not in UNTOUCHED]
+        if self.device == "cuda":
+            self.train_rows = self.train_rows.to(self.device)
+        self.base = load_model(self.model, torch.float32, device=self.device).eval().requires_grad_(False)
+        kept = self.out / "base.json"
+        if not kept.exists():
+            measured = evaluate(self.base, self.eval_rows, self.device)
+            write_json(kept, {"eval": measured, "trained": self.trained, "length": self.length})
+        base = json.loads(kept.read_text())
+        self.base_ecr = pooled(base["eval"], base["trained"])["ecr"]
+        if self.device == "cuda":
+            self.base = self.base.bfloat16()
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value) + "\n")
+    os.replace(beside, path)
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------------------
+
+
+def plan_of(options: argparse.Namespace) -> list[Run]:
+    if options.runs is not None:
+        listed = json.loads(options.runs.read_text())
+        return [Run(**one) for one in listed]
+    planned = screen(options.steps, options.kinds.split(","), options.adapters.split(","))
+    return [elastic(run, options.threshold, options.rank_budget) for run in planned]
+
+
+def work(options: argparse.Namespace) -> None:
+    """Takes runs that nobody has taken until none is left or the time would not suffice for another."""
+    bench = Bench(options)
+    pace = options.seconds_per_step
+    for run in plan_of(options):
+        done, claim = bench.out / f"{run.name}.json", bench.out / f"{run.name}.claim"
+        if done.exists() or (options.only and not re.search(options.only, run.name)):
+            continue
+        if time.time() + pace * run.steps > options.deadline:
+            bench.say(f"no time left for {run.name}")
+            continue
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        result = train(run, bench)
+        pace = max(pace, result["seconds"] / run.steps)
+        write_json(done, result)
+        bench.say(f"{run.name} done in {result['seconds']:.0f} s")
+
+
+def run(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    for claim in options.out.glob("*.claim"):  # of a call that was stopped
+        claim.unlink()
+    options.deadline = time.time() + 60 * options.minutes
+    if options.processes == 1:
+        work(options)
+        return
+    Bench(options)  # the tokens and the base model's figures, once
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(options.deadline)]
+    children = [subprocess.Popen(command) for _ in range(options.processes)]
+    codes = [child.wait() for child in children]
+    if any(codes):
+        raise SystemExit(f"workers ended with {codes}")
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """A row per run, with the base model's figures first."""
+    base = json.loads((out / "base.json").read_text())
+    domains = base["eval"]
+    groups = {"trained": base["trained"], "untouched": [name for name in domains if name not in base["trained"]]}
+    groups = {group: names for group, names in groups.items() if names}
+    reference = {group: pooled(domains, names) for group, names in groups.items()}
+    results: list[dict[str, Any]] = [{"run": {"name": "base", "adapter": "", "kind": "", "weight": 0.0}, "trained": 0, "eval": domains}]
+    results += [json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.name not in ("base.json", "report.json")]
+    lines = []
+    for result in results:
+        now = {group: pooled(result["eval"], names) for group, names in groups.items()}
+        line: dict[str, Any] = {key: result["run"].get(key) for key in ("name", "adapter", "kind", "weight", "budget", "seed", "steps")}
+        line["trained_parameters"] = result["trained"]
+        for group, value in now.items():
+            experts = len(value["chr"]) - 1
+            line[f"loss_{group}"] = round(value["loss"], 4)
+            line[f"perplexity_{group}_percent"] = round(100 * math.expm1(value["loss"] - reference[group]["loss"]), 2)
+            line[f"ecr_{group}"] = round(float(np.mean(value["ecr"])), 4)
+            for share in (25, 50, 75):
+                line[f"chr{share}_{group}"] = round(value["chr"][round(share / 100 * experts)], 4)
+            line[f"saving_{group}_percent"] = round(100 * (1 - equal_hit_size(reference[group]["chr"], value["chr"]) / 0.5), 1)
+        lines.append(line)
+    return lines
+
+
+def report(options: argparse.Namespace) -> None:
+    lines = table(options.out)
+    write_json(options.out / "report.json", lines)
+    columns = {
+        "name": "run",
+        "trained_parameters": "trained",
+        "perplexity_trained_percent": "Δppl %",
+        "perplexity_untouched_percent": "Δppl % untouched",
+        "ecr_trained": "ECR",
+        "chr25_trained": "CHR 25 %",
+        "chr50_trained": "CHR 50 %",
+        "chr75_trained": "CHR 75 %",
+        "saving_trained_percent": "memory saved %",
+        "saving_untouched_percent": "saved % untouched",
+    }
+    print("| " + " | ".join(columns.values()) + " |")
+    print("|" + "---|" * len(columns))
+    for line in sorted(lines, key=lambda one: (one["adapter"], one["kind"], one["weight"] or 0)):
+        print("| " + " | ".join(str(line.get(key, "")) for key in columns) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("--model", type=Path, required=True)
+    running.add_argument("--train", type=Path, help="domain-labelled corpus, .jsonl.xz")
+    running.add_argument("--eval", type=Path, help="held-out documents in the same form")
+    running.add_argument("--questions", type=Path, help="instead of a corpus: .jsonl of question and answer; every 20th is held out")
+    running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--plan", choices=["screen"], default="screen")
+    running.add_argument("--runs", type=Path, help="JSON list of runs instead of the plan: name, adapter, kind, weight, steps, seed, …")
+    running.add_argument("--kinds", default=",".join(KINDS))
+    running.add_argument("--adapters", default="lora,router,elastic")
+    running.add_argument("--steps", type=int, default=300)
+    running.add_argument("--batch", type=int, default=32)
+    running.add_argument("--length", type=int, default=512)
+    running.add_argument("--eval-rows", type=int, default=1000, help="at most, per domain")
+    running.add_argument("--threshold", type=float, default=0.35, help="of the elastic runs")
+    running.add_argument("--rank-budget", type=int, help="of the elastic runs")
+    running.add_argument("--minutes", type=float, default=60.0, help="no run starts that would end later")
+    running.add_argument("--seconds-per-step", type=float, default=0.05, help="first guess of the pace")
+    running.add_argument("--processes", type=int, default=1)
+    running.add_argument("--device")
+    running.add_argument("--only", help="runs whose name has this regular expression")
+    running.add_argument("--keep", default="", help="names of runs whose adapters are kept, or all")
+    running.add_argument("--quiet", action="store_true")
+    running.add_argument("--worker", dest="deadline", type=float, help=argparse.SUPPRESS)
+    reporting = commands.add_parser("report")
+    reporting.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.command == "report":
+        report(options)
+    elif options.deadline is not None:
+        work(options)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()
