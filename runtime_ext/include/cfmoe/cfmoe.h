@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define CFMOE_ABI_VERSION 1
+#define CFMOE_ABI_VERSION 2
 
 typedef enum cfmoe_status {
   CFMOE_OK = 0,
@@ -42,6 +42,8 @@ typedef struct cfmoe_engine_options {
   const char* io;        /* "auto", "direct", "buffered", "mmap"; NULL: auto */
   const char* policy;    /* NULL: the default policy */
   int32_t log_events;    /* keep the per-access event log */
+  int32_t record_trace;  /* keep the routing of every token: see cfmoe_session_write_trace. Memory outside the budget */
+  int32_t record_scores; /* and the router's scores of all experts with it */
 } cfmoe_engine_options;
 
 typedef struct cfmoe_memory {
@@ -138,6 +140,9 @@ CFMOE_API void cfmoe_session_cancel(cfmoe_session* session);
 CFMOE_API void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out);
 /* Moves out at most `capacity` logged events and returns how many; call until 0. */
 CFMOE_API size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out, size_t capacity);
+/* Writes what the engine has run since it was opened as a routing trace (docs/trace-format.md), replacing the file. */
+CFMOE_API cfmoe_status cfmoe_session_write_trace(const cfmoe_session* session, const char* path, char* error,
+                                                 size_t error_size);
 
 #ifdef __cplusplus
 }

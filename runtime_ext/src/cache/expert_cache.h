@@ -8,14 +8,13 @@
 #include <string>
 #include <vector>
 
-#include "cache/cache_policy.h"
-#include "cache/expert_key.h"
 #include "cache/expert_view.h"
+#include "cache/residency.h"
 #include "store/expert_store.h"
 
 namespace cfmoe {
 
-enum class Phase : uint8_t { kPrefill = 0, kDecode = 1 };
+class TraceRecorder;
 
 // One expert that is in memory and may be computed: `index` is its place in the span given to prefill_layer or
 // decode_group.
@@ -32,20 +31,12 @@ struct PhaseMetrics {
   uint64_t stall_ns = 0;    // time that the computing thread waited for a load
 };
 
-// One access, in the order of accounting. Prefill counts an expert once per (chunk, layer), decode once per (token,
-// layer, k).
-struct AccessEvent {
-  Phase phase;
-  bool hit;
-  ExpertKey key;
-  uint64_t position;  // of the token; in prefill of the last token of the chunk that chose the expert
-};
-
 struct ExpertCacheOptions {
-  int32_t slots = 0;           // at least top_k
-  std::string policy = "lru";  // see make_policy
+  int32_t slots = 0;  // at least top_k
+  std::string policy = kDefaultPolicy;
   int32_t io_threads = 2;
   bool log_events = false;
+  TraceRecorder* recorder = nullptr;  // told of all routing; outlives the cache
 };
 
 // Not thread safe: one caller. Reads run on the cache's own I/O threads.
@@ -65,8 +56,12 @@ class ExpertCache {
   void prefill_layer(int32_t layer, std::span<const int32_t> experts, std::span<const uint64_t> last_positions,
                      const ComputeFn& compute);
 
-  // Records what one prefill chunk chose: ids [tokens * top_k] in routing order, for hand_over.
-  void note_prefill_routing(int32_t layer, std::span<const int32_t> ids, uint64_t first_position);
+  // What the router chose for consecutive tokens; see Residency::note_routing. Comes before prefill_layer or
+  // decode_group of those tokens.
+  void note_routing(Phase phase, int32_t layer, std::span<const int32_t> ids, std::span<const uint16_t> scores,
+                    uint64_t first_position);
+  // Whether note_routing needs the scores of all experts.
+  bool wants_scores() const;
 
   // Seeds the decode set from the noted routing, weighted to the last tokens. Reads of chosen experts that are absent
   // are started in the background and count as prefill; a decode access that meets one still loading is a hit that
@@ -84,7 +79,7 @@ class ExpertCache {
   // Changes the number of slots between turns; shrinking gives memory back to the system at once.
   void resize(int32_t slots);
 
-  const PhaseMetrics& metrics(Phase phase) const;
+  PhaseMetrics metrics(Phase phase) const;
   void reset_metrics();
   std::vector<AccessEvent> take_events();
   // Residents of a MoE layer, ascending.

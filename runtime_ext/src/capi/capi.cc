@@ -2,11 +2,10 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 
+#include "capi/guard.h"
 #include "cfmoe/cfmoe.h"
 #include "engine/engine.h"
 #include "engine/session.h"
@@ -22,51 +21,11 @@ struct cfmoe_session {
   explicit cfmoe_session(cfmoe_engine* engine) : session(engine->engine) {}
 };
 
+using cfmoe::capi::guarded;
+using cfmoe::capi::require;
+using cfmoe::capi::require_size;
+
 namespace {
-
-void write_error(const std::string& message, char* error, size_t error_size) {
-  if (error == nullptr || error_size == 0) return;
-  size_t length = std::min(message.size(), error_size - 1);
-  // Never half a character.
-  while (length < message.size() && length > 0 && (static_cast<unsigned char>(message[length]) & 0xC0U) == 0x80U)
-    --length;
-  for (size_t i = 0; i < length; ++i) error[i] = message[i] == '\n' || message[i] == '\r' ? ' ' : message[i];
-  error[length] = '\0';
-}
-
-template <typename Body>
-cfmoe_status guarded(char* error, size_t error_size, Body&& body) noexcept {
-  try {
-    body();
-    return CFMOE_OK;
-  } catch (const cfmoe::Error& e) {
-    write_error(e.what(), error, error_size);
-    switch (e.kind()) {
-      case cfmoe::ErrorKind::kUser: return CFMOE_USER;
-      case cfmoe::ErrorKind::kCancelled: return CFMOE_CANCELLED;
-      case cfmoe::ErrorKind::kInternal: return CFMOE_INTERNAL;
-    }
-    return CFMOE_INTERNAL;
-  } catch (const std::bad_alloc&) {
-    write_error("the system has no memory left: lower --memory-budget or --context-size", error, error_size);
-    return CFMOE_USER;
-  } catch (const std::exception& e) {
-    write_error(e.what(), error, error_size);
-  } catch (...) {
-    write_error("an unknown fault", error, error_size);
-  }
-  return CFMOE_INTERNAL;
-}
-
-void require(bool condition, const char* message) {
-  if (!condition) throw cfmoe::Error(message);
-}
-
-void require_size(uint32_t given, size_t expected, const char* name) {
-  if (given == expected) return;
-  throw cfmoe::Error(std::string(name) + ".struct_size is " + std::to_string(given) + ", this library expects " +
-                     std::to_string(expected) + ": call " + name + "_init, and build against this library's header");
-}
 
 std::span<const int32_t> token_span(const int32_t* tokens, uint32_t count) {
   require(tokens != nullptr || count == 0, "tokens is NULL");
@@ -117,6 +76,8 @@ cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options*
       if (options->io != nullptr) engine.io = options->io;
       if (options->policy != nullptr) engine.policy = options->policy;
       engine.log_events = options->log_events != 0;
+      engine.record_trace = options->record_trace != 0;
+      engine.record_scores = options->record_scores != 0;
     }
     *out = new cfmoe_engine(artifact, engine);
   });
@@ -220,6 +181,13 @@ void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out) {
   *out = {phase_metrics(metrics.prefill, cache.metrics(cfmoe::Phase::kPrefill)),
           phase_metrics(metrics.decode, cache.metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits,
           metrics.first_32_accesses};
+}
+
+cfmoe_status cfmoe_session_write_trace(const cfmoe_session* session, const char* path, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(session != nullptr && path != nullptr, "session or path is NULL");
+    session->session.write_trace(path);
+  });
 }
 
 size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out, size_t capacity) {

@@ -20,7 +20,8 @@ uint64_t round_up(uint64_t value, uint64_t step) { return (value + step - 1) / s
 
 // Places of everything in the workspace block; computed before the block exists, because the budget needs its size.
 struct WorkspaceLayout {
-  uint64_t tokens = 0, hidden = 0, head_input = 0, lists = 0, candidates = 0, seen = 0, total = 0;
+  uint64_t tokens = 0, hidden = 0, head_input = 0, lists = 0, candidates = 0, seen = 0, scores = 0, total = 0;
+  uint64_t scores_bytes = 0;
   uint64_t lists_bytes = 0;
 
   WorkspaceLayout(const Plan& plan, const ModelFacts& model, int32_t chunk) {
@@ -39,6 +40,8 @@ struct WorkspaceLayout {
     lists = take(lists_bytes);
     candidates = take(sizeof(Sampler::Candidate) * vocabulary);
     seen = take(vocabulary);
+    scores_bytes = sizeof(uint16_t) * static_cast<uint64_t>(chunk) * static_cast<uint64_t>(model.num_experts);
+    scores = take(scores_bytes);
     total = round_up(end, kBufferAlignment);
   }
 };
@@ -126,9 +129,16 @@ void Engine::load(const EngineOptions& options) {
   cache_options.slots = budget_.slots;
   cache_options.policy = policy_;
   cache_options.log_events = options.log_events;
+  if (options.record_trace) {
+    const bool scores = options.record_scores || make_policy(policy_, PolicyFacts{1, 1, 1, 1})->wants_scores();
+    recorder_.emplace(trace_header(), scores);
+    cache_options.recorder = &*recorder_;
+  }
   cache_ = std::make_unique<ExpertCache>(*store_, facts.top_k, cache_options);
-  router_ = std::make_unique<Router>(RouterOptions{facts.router_score == "sigmoid", facts.num_experts, facts.top_k,
-                                                   facts.router_renormalise, static_cast<float>(facts.router_scale)});
+  router_ = std::make_unique<Router>(
+      RouterOptions{facts.router_score == "sigmoid", facts.num_experts, facts.top_k, facts.router_renormalise,
+                    static_cast<float>(facts.router_scale)},
+      part<uint16_t>(workspace_, layout.scores, cache_->wants_scores() ? layout.scores_bytes / sizeof(uint16_t) : 0));
   const PlanExperts& names = plan_.experts;
   ExpertsStepFacts step;
   step.prefill = {kernels_->get(names.gate_up.prefill), kernels_->get(names.down.prefill)};
@@ -155,6 +165,18 @@ void Engine::load(const EngineOptions& options) {
   decode_ = std::make_unique<BoundProgram>(plan_.decode, Phase::kDecode, memory, services);
   memory.input = head_input_.data();
   head_ = std::make_unique<BoundProgram>(plan_.head, Phase::kDecode, memory, services);
+}
+
+Trace Engine::trace_header() const {
+  Trace header;
+  header.layers = experts().layers;
+  header.experts = experts().experts;
+  header.top_k = model().top_k;
+  header.chunk_size = static_cast<uint32_t>(chunk());
+  header.slots = static_cast<uint32_t>(budget_.slots);
+  header.expert_bytes = experts().record_bytes;
+  header.policy = policy_;
+  return header;
 }
 
 std::span<const float> Engine::run(BoundProgram& program, int64_t n, int64_t position) {

@@ -14,6 +14,7 @@
 #include "engine/executor.h"
 #include "engine/sampler.h"
 #include "store/weights_file.h"
+#include "trace/trace_recorder.h"
 
 namespace cfmoe {
 
@@ -23,8 +24,10 @@ struct EngineOptions {
   uint32_t context_size = 0;
   int32_t threads = 0;
   std::string io = "auto";
-  std::string policy = "lru";
+  std::string policy = kDefaultPolicy;
   bool log_events = false;
+  bool record_trace = false;
+  bool record_scores = false;  // in the trace; where the policy wants scores they are there anyway
 };
 
 struct EngineMemory {
@@ -58,6 +61,7 @@ class Engine {
   const std::string& warning() const { return warning_; }
 
   ExpertCache& cache() { return *cache_; }
+  const TraceRecorder* recorder() const { return recorder_ ? &*recorder_ : nullptr; }
   ThreadPool& pool() { return *pool_; }
   std::span<Sampler::Candidate> candidates() { return candidates_; }
   std::span<uint8_t> seen() { return seen_; }  // [vocabulary], of the session
@@ -67,6 +71,7 @@ class Engine {
  private:
   void plan_memory(const EngineOptions& options);
   void load(const EngineOptions& options);
+  Trace trace_header() const;
   std::span<const float> run(BoundProgram& program, int64_t n, int64_t position);
 
   Artifact artifact_;
@@ -82,6 +87,7 @@ class Engine {
   AlignedBuffer workspace_;
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<ExpertStore> store_;
+  std::optional<TraceRecorder> recorder_;
   std::unique_ptr<ExpertCache> cache_;
   std::unique_ptr<KernelLibrary> kernels_;
   std::unique_ptr<Router> router_;

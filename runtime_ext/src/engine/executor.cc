@@ -89,7 +89,7 @@ void BoundProgram::run(int64_t n, int64_t position) {
                               static_cast<int32_t*>(step.ids->data), static_cast<float*>(step.weights->data));
     } else {
       const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows,
-                                   step.scratch};
+                                   step.scratch, services_.router->kept_scores()};
       if (phase_ == Phase::kPrefill) {
         services_.experts->prefill(step.layer, tensors, n, static_cast<uint64_t>(position), *services_.cancelled);
       } else {

@@ -150,7 +150,8 @@ void ExpertsStep::prefill(int32_t layer, const ExpertsTensors& tensors, int64_t 
   if (cancelled.load(std::memory_order_relaxed)) throw Error(ErrorKind::kCancelled, "cancelled");
   wave_size_ = 0;
   group(tensors.ids, n, first_position);
-  cache_.note_prefill_routing(layer, {tensors.ids, static_cast<size_t>(n * facts_.top_k)}, first_position);
+  cache_.note_routing(Phase::kPrefill, layer, {tensors.ids, static_cast<size_t>(n * facts_.top_k)}, tensors.scores,
+                      first_position);
   int32_t* rows_in = lists_.data();
   int32_t* rows_out = rows_in + prefill_list_ints(facts_.experts, facts_.top_k, facts_.chunk);
   const int64_t capacity = tensors.scratch->shape[0];
@@ -174,6 +175,7 @@ void ExpertsStep::decode(int32_t layer, const ExpertsTensors& tensors, uint64_t 
   int32_t* lists = lists_.data() + 2 * prefill_list_ints(facts_.experts, facts_.top_k, facts_.chunk);
   const std::span<const int32_t> chosen(tensors.ids, static_cast<size_t>(facts_.top_k));
   check_ids(chosen);
+  cache_.note_routing(Phase::kDecode, layer, chosen, tensors.scores, position);
   cache_.decode_group(layer, chosen, position, [&](std::span<const ReadyExpert> ready) {
     for (const ReadyExpert& expert : ready) {
       add(expert, lists, lists + (expert.index + 1) * kAlignedInts, 1, expert.index, tensors);

@@ -29,10 +29,11 @@ struct ExpertsStepFacts {
 
 // The tensors of one step of a program, bound for the run's number of tokens.
 struct ExpertsTensors {
-  DLTensor* activation = nullptr;  // [n, …]
-  const int32_t* ids = nullptr;    // [n, top_k]
-  DLTensor* rows = nullptr;        // [n * top_k, hidden]
-  DLTensor* scratch = nullptr;     // [max(n, top_k), words]
+  DLTensor* activation = nullptr;    // [n, …]
+  const int32_t* ids = nullptr;      // [n, top_k]
+  DLTensor* rows = nullptr;          // [n * top_k, hidden]
+  DLTensor* scratch = nullptr;       // [max(n, top_k), words]
+  std::span<const uint16_t> scores;  // [n, experts], of the router; empty where nobody wants them
 };
 
 class ExpertsStep {

@@ -7,7 +7,17 @@
 
 namespace cfmoe {
 
-Router::Router(const RouterOptions& options) : options_(options), scores_(static_cast<size_t>(options.experts)) {}
+Router::Router(const RouterOptions& options, std::span<uint16_t> kept)
+    : options_(options), scores_(static_cast<size_t>(options.experts)), kept_(kept) {}
+
+void Router::keep(int64_t token) {
+  constexpr float kUnits = 65535.0F;
+  const auto experts = static_cast<size_t>(options_.experts);
+  for (size_t e = 0; e < experts; ++e) {
+    kept_[static_cast<size_t>(token) * experts + e] =
+        static_cast<uint16_t>(std::clamp(scores_[e], 0.0F, 1.0F) * kUnits + 0.5F);
+  }
+}
 
 void Router::score(const float* logits) {
   const int32_t experts = options_.experts;
@@ -32,6 +42,7 @@ void Router::route(const float* logits, int64_t n, int64_t stride, int32_t* ids,
   const int32_t top_k = options_.top_k;
   for (int64_t t = 0; t < n; ++t, ids += top_k, weights += top_k) {
     score(logits + t * stride);
+    if (!kept_.empty()) keep(t);
     int32_t filled = 0;
     for (int32_t e = 0; e < options_.experts; ++e) {
       const float value = scores_[e];
@@ -52,6 +63,7 @@ void Router::route(const float* logits, int64_t n, int64_t stride, int32_t* ids,
     }
     for (int32_t k = 0; k < top_k; ++k) weights[k] *= factor;
   }
+  if (!kept_.empty()) kept_count_ = static_cast<size_t>(n) * static_cast<size_t>(options_.experts);
 }
 
 }  // namespace cfmoe

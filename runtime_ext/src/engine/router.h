@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -17,17 +18,25 @@ struct RouterOptions {
 
 class Router {
  public:
-  explicit Router(const RouterOptions& options);
+  // `kept` is room for the scores of `kept.size() / experts` tokens, or empty.
+  Router(const RouterOptions& options, std::span<uint16_t> kept);
 
   // logits [n, stride], of which the first `experts` of a row count; ids [n, top_k] by descending score (ties: the
   // lower id; a score that is not a number comes last); weights [n, top_k].
   void route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights);
 
+  // The scores of the last route's tokens, [n, experts] in units of 1/65535; empty unless they are kept. Whole numbers,
+  // so that a cache policy sees the same from a trace.
+  std::span<const uint16_t> kept_scores() const { return kept_.first(kept_count_); }
+
  private:
   void score(const float* logits);
+  void keep(int64_t token);
 
   RouterOptions options_;
   std::vector<float> scores_;
+  std::span<uint16_t> kept_;
+  size_t kept_count_ = 0;
 };
 
 }  // namespace cfmoe

@@ -115,7 +115,7 @@ std::span<const float> Session::decode(int32_t token) {
   }
   const PhaseMetrics before = engine_.cache().metrics(Phase::kDecode);
   const std::span<const float> hidden = engine_.decode(token, position_);
-  const PhaseMetrics& after = engine_.cache().metrics(Phase::kDecode);
+  const PhaseMetrics after = engine_.cache().metrics(Phase::kDecode);
   ++position_;
   pending_ = -1;
   note_seen({&token, 1});
@@ -175,6 +175,11 @@ void Session::feed(std::span<const int32_t> tokens, bool decode_program, float* 
   const Stopwatch time(&metrics_.decode.seconds);
   if (pending_ >= 0) decode(pending_);
   for (size_t i = 0; i < tokens.size(); ++i) write(decode(tokens[i]), i);
+}
+
+void Session::write_trace(const std::string& path) const {
+  if (engine_.recorder() == nullptr) throw Error("the engine records no trace: open it with record_trace");
+  cfmoe::write_trace(engine_.recorder()->trace(), path);
 }
 
 size_t Session::take_events(std::span<AccessEvent> out) {

@@ -47,6 +47,8 @@ class Session {
   const SessionMetrics& metrics() const { return metrics_; }
   Engine& engine() const { return engine_; }
   size_t take_events(std::span<AccessEvent> out);
+  // All that the engine has run since it was opened, samples apart. Throws cfmoe::Error where it records none.
+  void write_trace(const std::string& path) const;
 
  private:
   // Hidden states of the chunk's tokens, and where its first lies among all of `tokens`.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <utility>
 
 #include "error.h"
@@ -130,7 +131,9 @@ FileHandle open_data_file(const std::string& path, IoMode mode, std::string* war
   if (mode == IoMode::kDirect) {
     throw Error(path + ": the file system refuses direct I/O (" + reason + "); use --io buffered or --io auto");
   }
-  *warning = path + ": the file system refuses direct I/O (" + reason + "); reading through the page cache";
+  // Said of the directory, so that the files of one artifact say the same and it is shown once.
+  const std::string directory = std::filesystem::path(path).parent_path().string();
+  *warning = directory + ": the file system refuses direct I/O (" + reason + "); reading through the page cache";
   return FileHandle::open(path);
 }
 

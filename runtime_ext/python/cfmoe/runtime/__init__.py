@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from cfmoe.runtime.engine import Engine, Event, Generation, Memory, Metrics, ModelInfo, PhaseMetrics, Sampling, Session
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
+from cfmoe.runtime.simulator import Counts, Semantics, Simulation, Simulator, default_policy, engine_policies, simulator_policies
 from cfmoe.runtime.size import format_size, parse_size
 from cfmoe.runtime.tokenizer import Tokenizer
 
 __all__ = [
     "CFMoEError",
     "Cancelled",
+    "Counts",
     "Engine",
     "Event",
     "Generation",
@@ -19,8 +21,14 @@ __all__ = [
     "PhaseMetrics",
     "RuntimeFault",
     "Sampling",
+    "Semantics",
     "Session",
+    "Simulation",
+    "Simulator",
     "Tokenizer",
+    "default_policy",
+    "engine_policies",
     "format_size",
     "parse_size",
+    "simulator_policies",
 ]

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 OK, INTERNAL, USER, CANCELLED = 0, 1, 2, 3
 _ERROR_BYTES = 2048
 
@@ -45,6 +45,8 @@ class EngineOptions(Structure):
         ("io", c_char_p),
         ("policy", c_char_p),
         ("log_events", c_int32),
+        ("record_trace", c_int32),
+        ("record_scores", c_int32),
     )
 
 
@@ -117,6 +119,20 @@ class Sampling(Structure):
     )
 
 
+class SimulatorOptions(Structure):
+    _fields_ = (("struct_size", c_uint32), ("reference", c_int32), ("warm", c_int32), ("chunk_size", c_uint32))
+
+
+class Simulation(Structure):
+    _fields_ = (
+        ("prefill_hits", c_uint64),
+        ("prefill_misses", c_uint64),
+        ("decode_hits", c_uint64),
+        ("decode_misses", c_uint64),
+        ("hand_over_loads", c_uint64),
+    )
+
+
 _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_abi_version": (c_uint32, []),
     "cfmoe_version": (c_char_p, []),
@@ -155,6 +171,16 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_session_cancel": (None, [c_void_p]),
     "cfmoe_session_metrics": (None, [c_void_p, POINTER(Metrics)]),
     "cfmoe_session_take_events": (c_size_t, [c_void_p, POINTER(AccessEvent), c_size_t]),
+    "cfmoe_session_write_trace": (c_int, [c_void_p, c_char_p, c_char_p, c_size_t]),
+    "cfmoe_engine_policies": (c_char_p, []),
+    "cfmoe_simulator_policies": (c_char_p, []),
+    "cfmoe_default_policy": (c_char_p, []),
+    "cfmoe_simulator_create": (c_int, [c_char_p, c_size_t, c_char_p, POINTER(SimulatorOptions), POINTER(c_void_p), c_char_p, c_size_t]),
+    "cfmoe_simulator_destroy": (None, [c_void_p]),
+    "cfmoe_simulator_run": (
+        c_int,
+        [c_void_p, c_char_p, c_uint64, c_uint32, POINTER(Simulation), POINTER(c_uint64), c_char_p, c_size_t],
+    ),
 }
 
 

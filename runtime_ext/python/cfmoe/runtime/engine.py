@@ -128,6 +128,8 @@ class Engine:
     memory_budget: ``"800MiB"``, ``"50%"`` of the experts, bytes, or None for all experts as far as memory goes.
     context_size: tokens; None for the model's, at most 4,096. threads: None for one per physical core.
     io: ``auto``, ``direct``, ``buffered`` or ``mmap``. policy: the cache policy; None for the default. log_events: keep every access.
+    record_trace: keep the routing of every token, for :meth:`Session.write_trace`, in memory outside the budget; record_scores: and the
+    router's scores of all experts (they are kept anyway where the policy predicts from them).
 
     Raises CFMoEError where the artifact, the budget or an option is at fault, RuntimeFault otherwise.
     """
@@ -142,6 +144,8 @@ class Engine:
         io: str = "auto",
         policy: str | None = None,
         log_events: bool = False,
+        record_trace: bool = False,
+        record_scores: bool = False,
     ) -> None:
         self._handle = ctypes.c_void_p()
         self._sessions: list[Session] = []
@@ -159,6 +163,8 @@ class Engine:
         options.io = io.encode()
         options.policy = policy.encode() if policy is not None else None
         options.log_events = int(log_events)
+        options.record_trace = int(record_trace)
+        options.record_scores = int(record_scores)
         error = _capi.ErrorText()
         error.check(lib.cfmoe_engine_open(os.fsencode(path), ctypes.byref(options), ctypes.byref(self._handle), *error.arguments))
         self._lib = lib
@@ -407,6 +413,14 @@ class Session:
         while count := self._lib.cfmoe_session_take_events(self._open_handle(), batch, _EVENT_BATCH):
             events += [Event(bool(e.decode), bool(e.hit), e.layer, e.expert, e.position) for e in batch[:count]]
         return events
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes what the engine has run since it was opened as a routing trace, replacing the file.
+
+        Raises CFMoEError where the engine records none, nothing has run yet, or the file cannot be written.
+        """
+        error = _capi.ErrorText()
+        error.check(self._lib.cfmoe_session_write_trace(self._open_handle(), os.fsencode(path), *error.arguments))
 
 
 def _fields(struct: ctypes.Structure) -> dict[str, Any]:
