@@ -121,8 +121,7 @@ class Layer(nn.Module):
         ids, weights = _host_step("route", [logits], moe, [(chosen, "int32"), (chosen, "float32")])
         if c.shared_ffn_size:
             shared = self.shared(activate(normed, self.quantisation["dense"], c.hidden_size))
-            gated = [shared, self.shared_gate(normed), x] if c.shared_gate else []
-            x = _extern("gated_add", gated, [n, c.hidden_size]) if c.shared_gate else op.add(x, shared)
+            x = _extern("gated_add", [shared, self.shared_gate(normed), x], [n, c.hidden_size]) if c.shared_gate else op.add(x, shared)
         fmt = self.quantisation["expert"]
         # Decode computes the experts of one token side by side, prefill one expert at a time over up to n tokens.
         scratch_rows = c.top_k if n == 1 else tirx.max(n, c.top_k)

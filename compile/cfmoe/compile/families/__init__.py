@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cfmoe.compile.decoder_config import DecoderConfig
-from cfmoe.compile.families import olmoe, qwen2_moe, qwen3_moe
+from cfmoe.compile.families import olmoe, qwen_moe
 from cfmoe.compile.families.base import ConfigReader, Family, WeightNames
 from cfmoe.errors import CFMoEError
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3_moe.FAMILY, qwen2_moe.FAMILY, olmoe.FAMILY)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen_moe.QWEN3, qwen_moe.QWEN2, olmoe.FAMILY)}
 
 
 def resolve(config: dict[str, Any], path: str) -> tuple[DecoderConfig, WeightNames]:

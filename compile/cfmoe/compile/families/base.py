@@ -71,12 +71,9 @@ class ConfigReader:
     def common(self) -> dict[str, Any]:
         """The fields that all families share, as DecoderConfig arguments."""
         heads = self.integer("num_attention_heads", high=1 << 12)
-        hidden = self.integer("hidden_size", low=32)
+        hidden = self.width("hidden_size")
         kv_heads = self.integer("num_key_value_heads", heads, high=1 << 12)
-        head_dim = self.integer("head_dim", hidden // heads, low=32, high=1024)
-        for field, value in (("hidden_size", hidden), ("head_dim", head_dim)):
-            if value % 32:
-                raise self.fail(field, f"is {value}, but must be a multiple of 32")
+        head_dim = self.width("head_dim", hidden // heads, high=1024)
         if heads % kv_heads:
             raise self.fail("num_attention_heads", f"is {heads}, but must be a multiple of num_key_value_heads = {kv_heads}")
         self.require("hidden_act", "silu", "silu")
@@ -95,15 +92,26 @@ class ConfigReader:
             "eos_token_ids": self.token_ids("eos_token_id"),
         }
 
-    def experts(self, count_field: str, ffn_field: str) -> dict[str, Any]:
+    def width(self, field: str, default: int | None = None, *, high: int = 1 << 24) -> int:
+        """A dimension that kernels read in groups of 32."""
+        value = self.integer(field, default, low=32, high=high)
+        if value % 32:
+            raise self.fail(field, f"is {value}, but must be a multiple of 32")
+        return value
+
+    def experts(self, ffn_field: str) -> dict[str, Any]:
+        """The routed experts, as DecoderConfig arguments; their number goes by either name that transformers has given it."""
+        count_field = "num_experts" if "num_experts" in self.config else "num_local_experts"
         count = self.integer(count_field, high=4096)
         top_k = self.integer("num_experts_per_tok", high=64)
-        ffn = self.integer(ffn_field, low=32)
         if top_k > count:
             raise self.fail("num_experts_per_tok", f"is {top_k}, more than {count_field} = {count}")
-        if ffn % 32:
-            raise self.fail(ffn_field, f"is {ffn}, but must be a multiple of 32")
-        return {"num_experts": count, "top_k": top_k, "expert_ffn_size": ffn}
+        return {
+            "num_experts": count,
+            "top_k": top_k,
+            "expert_ffn_size": self.width(ffn_field),
+            "router_renormalise": self.boolean("norm_topk_prob", False),
+        }
 
     def moe_layers(self, layers: int) -> tuple[int, ...]:
         """Qwen's rule: every decoder_sparse_step-th layer that is not in mlp_only_layers."""

@@ -8,13 +8,11 @@ def _configure(c: ConfigReader) -> DecoderConfig:
     c.require("attention_bias", False, False)
     c.require("clip_qkv", None, None)
     common = c.common()
-    count = "num_experts" if "num_experts" in c.config else "num_local_experts"
     return DecoderConfig(
         family="olmoe",
         **common,
-        **c.experts(count, "intermediate_size"),
+        **c.experts("intermediate_size"),
         moe_layers=tuple(range(common["num_layers"])),
-        router_renormalise=c.boolean("norm_topk_prob", False),
         qk_norm="vector",
     )
 
