@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import struct
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ _HAND_OVER = 2
 _POLICY_BYTES = 32
 _U32 = 2**32 - 1
 _U64 = 2**64 - 1
+_MAX_POSITION = 2**48
+_POLICY = re.compile(rf"[!-~]{{0,{_POLICY_BYTES}}}")
 _AGAIN = "record the trace again"
 _PIECE = 1 << 22  # ids that are checked at a time, which bounds the memory for it
 
@@ -83,8 +86,8 @@ class Trace:
         _check_number("chunk_size", self.chunk_size, 0, _U32)
         _check_number("slots", self.slots, 0, _U32)
         _check_number("expert_bytes", self.expert_bytes, 0, _U64)
-        if not self.policy.isascii() or "\0" in self.policy or len(self.policy) > _POLICY_BYTES:
-            raise _wrong(f"the policy {self.policy!r} is not at most {_POLICY_BYTES} ASCII characters")
+        if not _POLICY.fullmatch(self.policy):
+            raise _wrong(f"the policy {self.policy!r} is not at most {_POLICY_BYTES} printable ASCII characters without spaces")
 
     @property
     def tokens(self) -> int:
@@ -223,10 +226,12 @@ def _check_ids(ids: np.ndarray, experts: int) -> None:
 
 def _check_segments(segments: Iterable[Segment], tokens: int) -> None:
     total = 0
+    end = 0  # of the context so far
     for number, segment in enumerate(segments):
         name = f"segment {number}"
         _check_number(f"{name}: tokens", segment.tokens, 1, _U32)
-        _check_number(f"{name}: position", segment.position, 0, _U64)
+        _check_number(f"{name}: position", segment.position, 0 if segment.begins_sample else end, _MAX_POSITION)
+        end = segment.position + segment.tokens
         if number == 0 and not segment.begins_sample:
             raise _wrong(f"{name} does not begin a sample, which the first must")
         if segment.hand_over and segment.phase != Phase.PREFILL:
@@ -264,9 +269,7 @@ def _parse(data: bytes) -> Trace:
     _check_number("segments", segment_count, 1, tokens)
     if id_bytes != id_type(experts).itemsize:
         raise _wrong(f"id_bytes is {id_bytes}, not {id_type(experts).itemsize} as {experts} experts want")
-    name = policy.rstrip(b"\0")
-    if b"\0" in name or not name.isascii():
-        raise _wrong(f"the policy {name!r} is not ASCII padded with zeros")
+    name = policy.rstrip(b"\0").decode("latin-1")
 
     ids_at = _HEADER_BYTES + segment_count * _SEGMENT.itemsize
     scores_at = ids_at + tokens * layers * top_k * id_bytes
@@ -289,7 +292,7 @@ def _parse(data: bytes) -> Trace:
         chunk_size=chunk_size,
         slots=slots,
         expert_bytes=expert_bytes,
-        policy=name.decode("ascii"),
+        policy=name,
     )
 
 
