@@ -299,6 +299,7 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     count, _ = trainable_parameters(model)
     if run.name in bench.keep or bench.keep == ["all"]:
+        model = model.bfloat16()  # half the file, and what is measured is what is kept
         save_adapter(model, bench.out / f"{run.name}.adapter")
     measured = evaluate(_plain(model), bench.eval_rows, device)
     return {

@@ -273,6 +273,7 @@ class Locality:
     decay: float = 0.9
     capacity: float = 0.35
     frequency_decay: float = 0.0
+    both_ways: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -288,7 +289,7 @@ class Locality:
             return hinge(logits, segments, self.top_k, ids=ids)
         if self.kind == "window":
             return window(logits, segments, self.top_k, self.temperature, self.decay)
-        return cache(logits, segments, self.top_k, self.temperature, self.capacity, self.frequency_decay, ids=ids)
+        return cache(logits, segments, self.top_k, self.temperature, self.capacity, self.frequency_decay, self.both_ways, ids)
 
 
 def locality_loss(
