@@ -31,7 +31,8 @@ from torch.nn import functional
 
 sys.path[:0] = [str(Path(__file__).parent.parent / root) for root in ("common", "tune")]  # a machine that only measures needs no build
 
-from cfmoe.tune.elastic import LoraSettings, adapt, load_model, merge, plan_ranks, save_adapter, trainable_parameters  # noqa: E402
+from cfmoe.tune.checkpoint import load_model  # noqa: E402
+from cfmoe.tune.elastic import LoraSettings, adapt, merge, plan_ranks, save_adapter, trainable_parameters  # noqa: E402
 from cfmoe.tune.locality import KINDS, Locality, locality_loss, segment_ids  # noqa: E402
 from cfmoe.tune.routers import RouterRecorder, find_moe_layers  # noqa: E402
 from cfmoe.tune.schedule import QualityBudget, weight_at  # noqa: E402
@@ -256,7 +257,7 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
     torch.manual_seed(run.seed)
     device = bench.device
     bf16 = device == "cuda"
-    model = load_model(bench.model, torch.bfloat16 if bf16 and run.adapter != "full" else torch.float32, device=device)
+    model = load_model(bench.model, torch.device(device), "bfloat16" if bf16 and run.adapter != "full" else "float32")
     layers = find_moe_layers(model)
     ranks = plan_ranks(bench.base_ecr, run.rank, run.threshold, run.rank_budget)
     adapter = "lora" if run.adapter == "elastic" else run.adapter
@@ -342,7 +343,7 @@ class Bench:
             self.trained = [name for name in self.eval_rows if name not in UNTOUCHED]
         if self.device == "cuda":
             self.train_rows = self.train_rows.to(self.device)
-        self.base = load_model(self.model, torch.float32, device=self.device).eval().requires_grad_(False)
+        self.base = load_model(self.model, torch.device(self.device), "float32").requires_grad_(False)
         kept = self.out / "base.json"
         if not kept.exists():
             measured = evaluate(self.base, self.eval_rows, self.device)

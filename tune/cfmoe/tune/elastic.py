@@ -11,7 +11,6 @@ peft keeps beside the original (modules_to_save), so that disabling the adapter 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -191,34 +190,22 @@ def merge(model: nn.Module) -> nn.Module:
     return model.merge_and_unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
-def load_model(path: Path, dtype: torch.dtype, four_bit: bool = False, device: str | None = None) -> Any:
-    """A causal language model from a local directory, without any code of its own.
+def load_four_bit(directory: Path, dtype: torch.dtype) -> Any:
+    """The checkpoint in `directory` for QLoRA: its linear layers in 4-bit NF4 (Dettmers et al., arXiv:2305.14314), the rest in `dtype`.
 
-    four_bit is QLoRA's NF4 (Dettmers et al., arXiv:2305.14314); it needs bitsandbytes and CUDA. Fused experts are no nn.Linear and stay
-    in `dtype`.
+    Fused experts are no linear layers and stay in `dtype`. Raises CFMoEError where bitsandbytes or a CUDA device is missing.
     """
-    import transformers
-
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "local_files_only": True}
-    if four_bit:
-        options["quantization_config"] = _four_bit(dtype)
-    if not (path / "config.json").is_file():
-        raise CFMoEError(f"{path} has no config.json; give a Hugging Face checkpoint directory")
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise CFMoEError(
-            f"{path} cannot be loaded: {str(error).splitlines()[0]}; give a whole Hugging Face checkpoint directory"
-        ) from error
-    return model if device is None or four_bit else model.to(device)
-
-
-def _four_bit(dtype: torch.dtype) -> Any:
     import importlib.util
 
-    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        lack = "bitsandbytes is not installed" if importlib.util.find_spec("bitsandbytes") is None else "there is no CUDA device"
-        raise CFMoEError(f"--qlora needs bitsandbytes and a CUDA device, and {lack}; leave it out or use another machine")
-    from transformers import BitsAndBytesConfig
+    import transformers
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    installed = importlib.util.find_spec("bitsandbytes") is not None
+    if not installed or not torch.cuda.is_available():
+        lack = "there is no CUDA device" if installed else "bitsandbytes is not installed"
+        raise CFMoEError(f"--qlora needs bitsandbytes and a CUDA device, and {lack}; leave it out or use another machine")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, quantization_config=settings, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
