@@ -144,7 +144,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 def save_adapter(model: nn.Module, directory: Path) -> None:
     """Writes what was trained: peft's files for LoRA, otherwise the trained parameters as safetensors."""
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(directory))  # type: ignore[operator]
+        model.save_pretrained(str(directory))
         return
     from safetensors.torch import save_file
 
@@ -187,7 +187,7 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
 
 def merge(model: nn.Module) -> nn.Module:
     """The plain model with the adapter added to its weights."""
-    return model.merge_and_unload() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
 
 def load_four_bit(directory: Path, dtype: torch.dtype) -> Any:
