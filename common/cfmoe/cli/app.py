@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from cfmoe.cli import bench, compile, demo, doctor, inspect, run, score
+from cfmoe.cli import bench, compile, demo, doctor, inspect, profile, run, score
 from cfmoe.errors import CFMoEError, RuntimeFault
 
 EXIT_FAULT = 1
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("doctor")(doctor.doctor)
+app.command("profile")(profile.profile)
 app.command("compile")(compile.compile_command)
 app.command("inspect")(inspect.inspect)
 app.command("run")(run.run)
