@@ -1,4 +1,4 @@
-// The cache's parts: LRU, pool, hand-over, I/O queue.
+// The cache's parts: pool, hand-over, I/O queue.
 #include <doctest/doctest.h>
 
 #include <atomic>
@@ -11,67 +11,10 @@
 #include "cache/expert_pool.h"
 #include "cache/hand_over.h"
 #include "cache/io_queue.h"
-#include "cache/lru_policy.h"
 #include "expect_error.h"
 
 using namespace cfmoe;
 using namespace cfmoe::test;
-
-namespace {
-
-const auto kNonePinned = [](ExpertKey) { return false; };
-
-// Runs a trace of experts of layer 0 through a policy with `slots` slots: 'H' for a hit, else the digit of the victim,
-// '-' for a free slot.
-std::string run_trace(CachePolicy& policy, size_t slots, const std::vector<int32_t>& trace) {
-  std::string out;
-  std::vector<int32_t> residents;
-  uint64_t position = 0;
-  for (int32_t expert : trace) {
-    if (std::find(residents.begin(), residents.end(), expert) != residents.end()) {
-      out += 'H';
-    } else {
-      char what = '-';
-      if (residents.size() == slots) {
-        ExpertKey victim;
-        REQUIRE(policy.victim(ExpertKey{0, expert}, kNonePinned, &victim));
-        policy.on_evict(victim);
-        residents.erase(std::find(residents.begin(), residents.end(), victim.expert));
-        what = static_cast<char>('0' + victim.expert);
-      }
-      policy.on_insert(ExpertKey{0, expert}, position);
-      residents.push_back(expert);
-      out += what;
-    }
-    policy.on_access(ExpertKey{0, expert}, position++);
-  }
-  return out;
-}
-
-}  // namespace
-
-TEST_CASE("lru: five-access traces") {
-  LruPolicy lru(PolicyFacts{1, 8, 1, 3});
-  // 2 slots. 0: free; 1: free; 0: hit, so 1 is the oldest; 2: evicts 1; 1: evicts 0, the oldest of {0, 2}.
-  CHECK(run_trace(lru, 2, {0, 1, 0, 2, 1}) == "--H10");
-  lru.clear();
-  // 3 slots, a loop of four: always the next one needed is the victim. 3 evicts 0, 0 evicts 1.
-  CHECK(run_trace(lru, 3, {0, 1, 2, 3, 0}) == "---01");
-  lru.clear();
-  // 1 slot: everything that differs from the last access misses. 4: free; 4: hit; 5 evicts 4; 4 evicts 5; 4: hit.
-  CHECK(run_trace(lru, 1, {4, 4, 5, 4, 4}) == "-H45H");
-}
-
-TEST_CASE("lru: pinning") {
-  LruPolicy lru(PolicyFacts{2, 4, 1, 2});
-  ExpertKey victim;
-  CHECK(!lru.victim({0, 0}, kNonePinned, &victim));
-  lru.on_insert({0, 3}, 0);
-  lru.on_insert({1, 3}, 0);
-  CHECK(lru.victim({0, 0}, [](ExpertKey key) { return key.layer == 0; }, &victim));
-  CHECK(victim == ExpertKey{1, 3});
-  CHECK(!lru.victim({0, 0}, [](ExpertKey) { return true; }, &victim));
-}
 
 TEST_CASE("pool: slots, slabs, growing and shrinking") {
   // 5 slots of 16 KiB with slabs of at most 2 slots: 2 + 2 + 1.

@@ -17,9 +17,10 @@ Future::Future(std::vector<uint32_t> order, int32_t total)
   for (uint32_t time = length(); time-- > 0;) next_[time] = std::exchange(first_[order_[time]], time);
 }
 
-TimeSet::TimeSet(uint64_t size) {
+// A level has a word for its size itself too, so that a search may begin there.
+TimeSet::TimeSet(uint64_t size) : size_(size) {
   do {
-    size = (size + kBits - 1) / kBits;
+    size = size / kBits + 1;
     levels_.emplace_back(size);
   } while (size > 1);
 }
@@ -45,10 +46,10 @@ void TimeSet::clear() {
 }
 
 int64_t TimeSet::greatest_below(uint64_t limit) const {
+  limit = std::min(limit, size_);
   for (size_t level = 0; level < levels_.size(); ++level) {
     const uint64_t place = limit / kBits;
-    const uint64_t below =
-        place < levels_[level].size() ? levels_[level][place] & ((uint64_t{1} << (limit % kBits)) - 1) : 0;
+    const uint64_t below = levels_[level][place] & ((uint64_t{1} << (limit % kBits)) - 1);
     if (below != 0) {
       uint64_t found = place * kBits + static_cast<uint64_t>(std::bit_width(below)) - 1;
       while (level-- > 0) found = found * kBits + static_cast<uint64_t>(std::bit_width(levels_[level][found])) - 1;

@@ -44,6 +44,7 @@ class TimeSet {
   int64_t greatest_below(uint64_t limit) const;
 
  private:
+  uint64_t size_;
   std::vector<std::vector<uint64_t>> levels_;  // a bit of level n + 1 says that a word of level n is not zero
 };
 
