@@ -97,7 +97,7 @@ docs: .venv/.installed ## write docs/cli.md anew from the commands' --help
 	$(BIN)/python scripts/cli_docs.py
 
 .PHONY: bench
-bench: .venv/.installed ## the benchmarks; writes JSON under build/bench
+bench: .venv/.installed ## the benchmarks; writes JSON under build/bench, prints the tables of docs/performance.md
 	$(BIN)/python benchmarks/run.py
 
 .PHONY: clean

@@ -98,13 +98,12 @@ def main() -> None:
     parser.add_argument("--formats", default="q4,q8")
     parser.add_argument("--shapes", default="OLMoE,DeepSeek-MoE")
     options = parser.parse_args()
-    report: dict[str, object] = {"machine": describe(), "results": {}}
+    results = {}
     for shape in options.shapes.split(","):
         for format_name in options.formats.split(","):
-            report["results"][f"{shape} {format_name}"] = measure(format_name, *SHAPES[shape], options.rounds)  # type: ignore[index]
-            print(shape, format_name, report["results"][f"{shape} {format_name}"])  # type: ignore[index]
+            results[f"{shape} {format_name}"] = measure(format_name, *SHAPES[shape], options.rounds)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    options.out.write_text(json.dumps({"machine": describe(), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
