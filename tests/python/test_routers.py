@@ -305,3 +305,12 @@ def test_some_layers_only() -> None:
         model(random_tokens())
         for one, other in zip(every.logits[1:], some.logits, strict=True):
             assert torch.equal(one, other)
+
+
+def test_classes_that_a_library_derives() -> None:
+    """FSDP2 puts a class of its own in front of each module's."""
+    model = tiny_model("deepseek_v3")
+    expected = [(layer.name, layer.num_experts, layer.score) for layer in find_moe_layers(model)]
+    for module in list(model.modules()):
+        module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {"__module__": "torch.distributed.fsdp"})
+    assert [(layer.name, layer.num_experts, layer.score) for layer in find_moe_layers(model)] == expected

@@ -59,8 +59,8 @@ def profile(
     check_writable(out, force)
     try:
         from cfmoe.tune.checkpoint import load_model, load_tokenizer, pick_device
-        from cfmoe.tune.profile import context_size, read_tokens
         from cfmoe.tune.profile import profile as record
+        from cfmoe.tune.profile import read_tokens
     except ImportError as error:
         raise CFMoEError(f"the packages for this are missing ({error}); install cfmoe[tune]") from error
 
@@ -68,9 +68,6 @@ def profile(
     place = pick_device(device)
     ids = read_tokens(data, load_tokenizer(model), tokens)
     loaded = load_model(model, place, dtype.value)
-    context = context_size(loaded)
-    if context is not None and window > context:
-        raise CFMoEError(f"--window {window} is longer than the model's context of {context} tokens; use at most {context}")
     with progress_bar() as progress:
         trace = record(loaded, ids, window, prompt_tokens, batch_size, scores, progress)
     trace.write(out, force)

@@ -50,9 +50,10 @@ def profile(
     stand in the text, as if the model had written them. A batch of windows is padded on the right and its padding left out. The ids of
     a token are sorted by the router's score, best first, also where the family's router does not sort them. With `scores` the trace
     holds the scores of all experts.
-    Raises CFMoEError where the model has no MoE layers, or layers of different kinds, which no trace can hold.
+    Raises CFMoEError where the model has no MoE layers, layers of different kinds, which no trace can hold, or a shorter context.
     """
     layers = _uniform(find_moe_layers(model))
+    _check_context(model, window)
     _check_vocabulary(model, ids)
     windows = [ids[start : start + window] for start in range(0, len(ids), window)]
     chosen = np.empty((len(ids), len(layers), layers[0].top_k), id_type(layers[0].num_experts))
@@ -79,18 +80,18 @@ def profile(
     return Trace(chosen, segments, layers[0].num_experts, probabilities)
 
 
-def context_size(model: Any) -> int | None:
-    """The longest context of `model` in tokens; None where its configuration sets no limit."""
-    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return size if isinstance(size, int) else None
-
-
 def _uniform(layers: list[MoELayer]) -> list[MoELayer]:
     kinds = {(layer.num_experts, layer.top_k) for layer in layers}
     if len(kinds) > 1:
         listed = ", ".join(f"top-{top_k} of {experts}" for experts, top_k in sorted(kinds))
         raise CFMoEError(f"the model's MoE layers differ ({listed}), but a trace holds layers of one kind; profile another model")
     return layers
+
+
+def _check_context(model: Any, window: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and window > context:
+        raise CFMoEError(f"a --window of {window} tokens is longer than the model's context of {context}; use at most {context}")
 
 
 def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:

@@ -26,6 +26,7 @@ _EXPERT_COUNT = re.compile(r"(?:^|_)(?:num|n)_(?!shared)(?:\w+_)?experts$")
 _TOP_K = re.compile(r"^(?:(?:num|n)_(?:\w+_)?experts_per_tok(?:en)?|(?:moe_|router_)?top_?k(?:_experts)?)$")
 # scoring_func, score_function, expert_selection_fn, …
 _SCORE_FUNCTION = re.compile(r"scor\w*_f(?:n|unc\w*)$|selection_f(?:n|unc\w*)$|router_activation\w*$")
+_GENERAL_LIBRARIES = ("torch.", "peft.", "bitsandbytes.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class MoELayer:
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model` in the order of its modules; an adapter or a quantised linear layer in them does not matter.
 
+    To be called before FSDP flattens the model's parameters; what was found stays right.
     Raises CFMoEError where there are none, or where a layer's router or number of chosen experts cannot be told.
     """
     counts = set(_config_integers(model, _EXPERT_COUNT))
@@ -95,6 +97,17 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def _classes(module: nn.Module) -> tuple[type, ...]:
+    """The classes of `module` below nn.Module."""
+    classes = type(module).__mro__
+    return classes[: classes.index(nn.Module)]
+
+
+def _has_own_code(module: nn.Module) -> bool:
+    """Whether `module` is of the model's own code, also where a library has derived a class from it; not of a general library."""
+    return not all(base.__module__.startswith(_GENERAL_LIBRARIES) for base in _classes(module))
+
+
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape that a parameter has when DeepSpeed's ZeRO-3 has not taken it to pieces."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -110,7 +123,7 @@ def _experts(module: nn.Module, counts: set[int]) -> tuple[int, list[str]] | Non
             alike = len({type(member) for member in members}) == 1 and next(members[0].parameters(), None) is not None
             if len(members) in counts and alike:
                 found[name] = len(members)
-        elif not type(child).__module__.startswith("torch."):
+        elif _has_own_code(child):
             sizes = {_shape(parameter)[0] for parameter in child.parameters(recurse=False) if len(_shape(parameter)) == 3}
             if len(sizes) == 1 and sizes <= counts:
                 found[name] = sizes.pop()
@@ -187,7 +200,7 @@ def _top_k(model: nn.Module, name: str, block: nn.Module, router: nn.Module, cou
 
 def _score(model: nn.Module, block: nn.Module, router: nn.Module) -> str:
     """softmax or sigmoid: whichever the router's code calls, the block's where the router is a plain matrix, else what config.json says."""
-    parts = [part for part in router.modules() if not type(part).__module__.startswith(("torch.", "peft."))]
+    parts = [part for part in router.modules() if _has_own_code(part)]
     called = _called(parts or [block]) & {"softmax", "sigmoid"}
     if not parts and len(called) == 2:
         called.remove("sigmoid")  # a block with a softmax has the sigmoid for its shared expert
@@ -203,7 +216,7 @@ def _called(modules: Iterable[nn.Module]) -> set[str]:
     """The names that the methods of `modules` use, and those that functions of their own files which they call use."""
     names: set[str] = set()
     for module in modules:
-        for base in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        for base in _classes(module):
             for method in vars(base).values():
                 if isinstance(function := inspect.unwrap(method) if callable(method) else None, FunctionType):
                     names.update(_names(function.__code__))
