@@ -1,7 +1,9 @@
-// Mutates valid artifact files and checks that loading them gives a result or a cfmoe::Error, nothing else.
+// Mutates valid artifact files and traces and checks that loading them, and replaying traces, gives a result or a
+// cfmoe::Error, nothing else.
 //   cfmoe_fuzz_load [RUNS] [SEED]
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <random>
@@ -15,6 +17,9 @@
 #include "error.h"
 #include "fixtures.h"
 #include "plan_fixture.h"
+#include "simulate/simulator.h"
+#include "trace/trace.h"
+#include "trace_fixture.h"
 
 namespace {
 
@@ -27,14 +32,21 @@ struct Target {
   std::string valid;
   std::function<void(const std::string&)> load;
   bool sealed = false;  // every change must be refused
+  bool binary = false;
 };
 
 class Mutator {
  public:
   explicit Mutator(uint64_t seed) : random_(seed) {}
 
-  std::string mutate(std::string text) {
-    for (size_t left = 1 + below(4); left > 0; --left) change_once(&text);
+  std::string mutate(std::string text, bool binary) {
+    for (size_t left = 1 + below(4); left > 0; --left) {
+      if (binary) {
+        change_number(&text);
+      } else {
+        change_once(&text);
+      }
+    }
     return text;
   }
 
@@ -80,6 +92,27 @@ class Mutator {
     }
   }
 
+  // Numbers at the edges of their types, or a little more or less than before, mostly where header and table are;
+  // seldom another length, which is refused at once.
+  void change_number(std::string* bytes) {
+    static constexpr uint64_t kEdges[] = {0,          1,          2,          255,        256,        257,
+                                          1024,       65535,      65536,      1 << 20,    0x7FFFFFFF, 0x80000000,
+                                          0xFFFFFFFF, 1ULL << 32, 1ULL << 48, 1ULL << 63, ~0ULL};
+    const size_t width = size_t{1} << below(4);
+    if (bytes->size() < 2 * width || below(20) == 0) {
+      const size_t cut = below(bytes->size());
+      bytes->erase(cut, below(8));
+      bytes->insert(cut, below(8), '\7');
+      return;
+    }
+    const size_t reach = below(3) > 0 ? std::min<size_t>(bytes->size(), 192) : bytes->size();
+    const size_t at = below((reach - width) / width) * width;
+    uint64_t value = 0;
+    std::memcpy(&value, bytes->data() + at, width);
+    value = below(2) == 0 ? value + below(5) - 2 : kEdges[below(std::size(kEdges))];
+    std::memcpy(bytes->data() + at, &value, width);
+  }
+
   static void replace_token(std::string* text, size_t at, const std::string& value) {
     size_t begin = text->find_first_of(":[,", at);
     if (begin == std::string::npos) return;
@@ -89,6 +122,33 @@ class Mutator {
 
   std::mt19937_64 random_;
 };
+
+std::string valid_trace(const cfmoe::test::TraceShape& shape) {
+  using namespace cfmoe::test;
+  const cfmoe::Trace trace = random_trace(shape, joined(conversation({{5, 3}, {2, 1}}), conversation({{4, 2}})), 1);
+  const std::vector<uint8_t> bytes = cfmoe::format_trace(trace);
+  return {bytes.begin(), bytes.end()};
+}
+
+// Replays a trace, if it is one, in a way that follows from its bytes.
+void replay(const std::string& text) {
+  using namespace cfmoe;
+  std::vector<uint8_t> bytes(text.begin(), text.end());
+  test::reseal(&bytes);
+  const Trace trace = parse_trace(bytes, "a.trace");
+  uint64_t choice = xxh3_64(text);
+  const auto choose = [&](uint64_t count) { return std::exchange(choice, choice / count) % count; };
+  const Simulator simulator(trace, {choose(2) == 0, choose(2) == 0, static_cast<uint32_t>(choose(2) * choose(6))});
+  const std::vector<std::string> policies = Simulator::policy_names();
+  const std::string& policy = policies[choose(policies.size())];
+  const int64_t slots = static_cast<int64_t>(choose(2)) * trace.top_k + static_cast<int64_t>(choose(12));
+  try {
+    simulator.run(policy, slots, static_cast<uint32_t>(choose(30)));
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::kInternal) throw std::logic_error("replay with " + policy + ": " + error.what());
+    throw;
+  }
+}
 
 std::vector<Target> targets() {
   using namespace cfmoe;
@@ -104,6 +164,13 @@ std::vector<Target> targets() {
        [manifest = parse_manifest(test::manifest_text(test::artifact_contents()), "manifest.json"),
         index = parse_index(test::index_text(), "index.json", 4096, kStride * kLayers * kExperts)](
            const std::string& text) { parse_plan(text, "plan.json", manifest, index); }},
+      {"trace", valid_trace({3, 8, 2, true}), replay, false, true},
+      {"trace of many experts", valid_trace({2, 300, 2, false}), replay, false, true},
+      {"trace, broken seals", valid_trace({3, 8, 2, true}),
+       [](const std::string& text) {
+         parse_trace({reinterpret_cast<const uint8_t*>(text.data()), text.size()}, "a.trace");
+       },
+       true, true},
   };
 }
 
@@ -117,7 +184,7 @@ int main(int argc, char** argv) {
     Mutator mutator(seed);
     long accepted = 0;
     for (long run = 0; run < runs; ++run) {
-      std::string text = mutator.mutate(target.valid);
+      std::string text = mutator.mutate(target.valid, target.binary);
       if (text == target.valid) continue;
       try {
         target.load(text);

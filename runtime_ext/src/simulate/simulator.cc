@@ -43,6 +43,10 @@ Simulator::Simulator(const Trace& trace, const SimulatorOptions& options)
   if (trace.ids.size() >= Future::kNever / 2)
     throw Error("the trace has " + std::to_string(trace.ids.size()) + " accesses, more than the simulator takes (" +
                 std::to_string(Future::kNever / 2) + "): cut it into several");
+  if (layers_ * experts_ > kMostExperts)
+    throw Error("the trace is of " + std::to_string(layers_) + " layers of " + std::to_string(experts_) +
+                " experts, more than the " + std::to_string(kMostExperts) +
+                " that the simulator takes: record fewer layers");
   if (options_.chunk_size == 0) options_.chunk_size = trace.chunk_size > 0 ? trace.chunk_size : kDefaultChunk;
   transpose(trace.ids, static_cast<size_t>(layers_), static_cast<size_t>(top_k_), &ids_);
   transpose(trace.scores, static_cast<size_t>(layers_), static_cast<size_t>(experts_), &scores_);

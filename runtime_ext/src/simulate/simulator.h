@@ -31,6 +31,9 @@ struct Simulation {
 class Simulator {
  public:
   static constexpr uint32_t kDefaultChunk = 256;
+  // Of all layers. Far more than any model has; policies keep up to a hundred bytes for each, and the format would
+  // allow a trace of two kilobytes to name 67 million.
+  static constexpr int32_t kMostExperts = 1 << 20;
 
   // Throws cfmoe::Error where the trace cannot be replayed so.
   Simulator(const Trace& trace, const SimulatorOptions& options);
