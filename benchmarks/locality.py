@@ -49,8 +49,9 @@ class Run:
     kind: str = "none"
     weight: float = 0.0
     budget: float = 0.0  # of perplexity; above 0 it chooses the weight
-    quality: str = "distill"  # distill, ce
+    quality: str = "distill"  # distill, ce, or mix of both in halves
     steps: int = 300
+    batch: int | None = None  # rows; that of the command by default
     lr: float = 1e-3
     rank: int = 16
     alpha: float = 16.0
@@ -240,16 +241,18 @@ def equal_hit_size(base: Sequence[float], tuned: Sequence[float], share: float =
 
 
 def quality_terms(run: Run, logits: Tensor, teacher: Tensor, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The quality term and the loss above the base model's, both in nats per wanted token."""
+    """The quality term, and by how much the data's loss is above the base model's; both in nats per wanted token."""
     places = wanted[:, 1:]
     own = functional.log_softmax(logits[:, :-1][places].float(), dim=-1)
     base = functional.log_softmax(teacher[:, :-1][places].float(), dim=-1)
-    if run.quality == "distill":  # KL(base ‖ tuned): Hinton et al., arXiv:1503.02531, at temperature 1
-        divergence = (base.exp() * (base - own)).sum(-1).mean()
-        return divergence, divergence.detach()
     target = tokens[:, 1:][places][:, None]
     loss = -own.gather(-1, target).mean()
-    return loss, loss.detach() + base.gather(-1, target).mean()
+    excess = loss.detach() + base.gather(-1, target).mean()
+    if run.quality == "ce":
+        return loss, excess
+    # KL(base ‖ tuned) at temperature 1: Hinton et al., arXiv:1503.02531
+    divergence = (base.exp() * (base - own)).sum(-1).mean()
+    return (divergence if run.quality == "distill" else (divergence + loss) / 2), excess
 
 
 def train(run: Run, bench: Bench) -> dict[str, Any]:
@@ -268,12 +271,13 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
     control = QualityBudget(run.budget) if run.budget else None
     data = bench.train_rows
     order = torch.Generator().manual_seed(run.seed)
-    picks = torch.cat([torch.randperm(len(data), generator=order) for _ in range(1 + run.steps * bench.batch // len(data))])
+    batch = run.batch or bench.batch
+    picks = torch.cat([torch.randperm(len(data), generator=order) for _ in range(1 + run.steps * batch // len(data))])
     recorder = RouterRecorder(model.train())
     recorder.__enter__()
     log, weight, start = [], 0.0, time.perf_counter()
     for step in range(run.steps):
-        tokens, wanted, real = data.take(picks[step * bench.batch : (step + 1) * bench.batch], device)
+        tokens, wanted, real = data.take(picks[step * batch : (step + 1) * batch], device)
         scale = min(1.0, (step + 1) / (0.05 * run.steps)) * 0.5 * (1 + math.cos(math.pi * step / run.steps))
         for group in optimiser.param_groups:
             group["lr"] = run.lr * scale
@@ -308,7 +312,7 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
         "ranks": ranks,
         "trained": count,
         "seconds": seconds,
-        "batch": [bench.batch, bench.length],
+        "batch": [batch, bench.length],
         "log": log,
         "eval": measured,
     }

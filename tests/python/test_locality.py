@@ -52,11 +52,11 @@ def test_distribution_losses_by_hand() -> None:
 
 
 def test_overlap_by_hand() -> None:
-    # θ is 1 for both tokens. With τ = 1: g = σ(1), σ(−1), σ(−1) and then σ(−1), σ(1), σ(−1); |g − g'| = d, d, 0 with d = σ(1) − σ(−1).
-    logits = logits_of([2, 0, 0], [0, 2, 0])
+    # θ is 1.5 and then 1, τ is 1: token 1 lacks expert 0 by σ(0 − 1), token 0 lacks expert 1 by σ(1 − 1.5).
+    logits = logits_of([2, 1, 0], [0, 2, 0])
     cost = locality.overlap(logits, one_sequence(2), top_k=1, temperature=1.0)
-    difference = math.tanh(0.5)  # σ(1) − σ(−1)
-    assert cost[0, 0].tolist() == pytest.approx([0.0, 2 * difference / 2])
+    by_hand = (1 - 1 / (1 + math.exp(1.0)) + 1 - 1 / (1 + math.exp(0.5))) / 2
+    assert cost[0, 0].tolist() == pytest.approx([0.0, by_hand])
 
 
 def test_overlap_of_sure_gates_is_one_minus_consistency() -> None:
@@ -72,17 +72,20 @@ def test_hinge_by_hand() -> None:
 
 
 def test_window_by_hand() -> None:
-    # Sure gates: {0}, {1}, {2}, {0}. Expert 0 comes back after two others: it remembers 0.8² of its use, so 1 − 0.64 is new.
-    logits = logits_of([20, 0, 0], [0, 20, 0], [0, 0, 20], [20, 0, 0])
-    cost = locality.window(logits, one_sequence(4), top_k=1, temperature=0.25, decay=0.8)
-    assert cost[0, 0].tolist() == pytest.approx([0.0, 1.0, 1.0, 0.36], abs=1e-6)
+    # {0}, {1}, {2}, {0}, decay 0.8 and τ 0.5. Token 1: expert 1 is unused, 0 is fresh and 3 behind. Token 2: 0 has recency 0.8, 1 has 1;
+    # the stronger of both is 0, by 1. Token 3: 0 has 0.64; 2 is fresher, by 2, and stronger than 1.
+    logits = logits_of([9, 0, 0], [1, 4, 0], [4, 3, 5], [5, 2, 3])
+    cost = locality.window(logits, one_sequence(4), top_k=1, temperature=0.5, decay=0.8)
+    by_hand = [0.0, math.tanh(3.0), 0.8 * math.tanh(1.0), (1 - 0.64) * math.tanh(2.0)]
+    assert cost[0, 0].tolist() == pytest.approx(by_hand)
 
 
-def test_window_reaches_over_the_whole_sequence() -> None:
-    rows = [[20.0, 0, 0]] + [[0, 20.0, 0]] * 11 + [[20.0, 0, 0]]
-    cost = locality.window(logits_of(*rows), one_sequence(len(rows)), top_k=1, decay=0.9)
-    assert cost[0, 0, -1].item() == pytest.approx(1 - 0.9**11, abs=1e-6)
-    assert cost[0, 0, 2:-1].abs().max().item() == 0
+def test_recency_reaches_over_the_whole_sequence_and_not_beyond() -> None:
+    ids = torch.tensor([0, *[1] * 11, 2, 2]).view(1, 1, 14, 1)
+    segments = torch.tensor([[0] * 13 + [1]])
+    found = locality.recency(ids, segments, 3, 0.9)[0, 0]
+    assert found[12].tolist() == pytest.approx([0.9**11, 1.0, 0.0])
+    assert found[0].tolist() == found[13].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_cache_by_hand() -> None:
@@ -159,7 +162,8 @@ def test_different_tokens_cost_something(loss: Locality) -> None:
 @each_loss
 def test_gradients_are_right(loss: Locality) -> None:
     logits = random_logits(1, 6, seed=5).requires_grad_()
-    if loss.kind in ("overlap", "window"):
+    ids = logits.detach().topk(TOP_K, dim=-1).indices
+    if loss.kind == "overlap":
         # The threshold is held fixed by definition, so finite differences must hold it too.
         top = logits.detach().topk(TOP_K + 1, dim=-1).values
         threshold = top[..., TOP_K - 1 : TOP_K].add(top[..., TOP_K:]).div(2)
@@ -170,9 +174,8 @@ def test_gradients_are_right(loss: Locality) -> None:
         assert torch.equal(fixed(logits, TOP_K, 0.25), locality.gates(logits, TOP_K, 0.25))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(locality, "gates", fixed)
-            assert torch.autograd.gradcheck(lambda z: loss(z, one_sequence(6)), logits)
+            assert torch.autograd.gradcheck(lambda z: loss(z, one_sequence(6), ids), logits)
     else:
-        ids = logits.detach().topk(TOP_K, dim=-1).indices
         assert torch.autograd.gradcheck(lambda z: loss(z, one_sequence(6), ids), logits)
 
 
@@ -218,7 +221,7 @@ def test_layer_weights_scale_their_layer() -> None:
 def test_parts_of_a_batch_add_up() -> None:
     logits, segments = random_logits(4, 8), torch.zeros(4, 8, dtype=torch.int64)
     segments[1, 3:] = PADDING
-    loss = Locality("overlap", TOP_K)
+    loss = Locality("window", TOP_K)
     whole = locality_loss(loss, list(logits), segments)
     pairs = locality.has_predecessor(segments).sum()
     parts = [locality_loss(loss, list(logits[:, part]), segments[part], pairs=pairs) for part in (slice(0, 1), slice(1, 4))]

@@ -24,7 +24,7 @@ from torch import nn
 from cfmoe.errors import CFMoEError, os_error
 
 ADAPTERS = ("lora", "router", "full")
-_TRAINED = "trained.safetensors"  # of an adapter that is no LoRA: the trained parameters themselves
+TRAINED = "trained.safetensors"  # of an adapter that is no LoRA: the trained parameters themselves
 
 
 @dataclass(frozen=True)
@@ -141,29 +141,13 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in model.parameters()) - added
 
 
-def save_adapter(model: nn.Module, directory: Path) -> None:
-    """Writes what was trained: peft's files for LoRA, otherwise the trained parameters as safetensors."""
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(str(directory))
-        return
-    from safetensors.torch import save_file
-
-    directory.mkdir(parents=True, exist_ok=True)
-    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    beside = directory / f"{_TRAINED}.tmp"
-    save_file(trained, beside)
-    os.replace(beside, directory / _TRAINED)
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained, on the CPU, by the names that it has in `model`."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
-    """`model` with the adapter that `save_adapter` wrote; not trainable."""
-    if (directory / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(directory))
-    path = directory / _TRAINED
-    if not path.exists():
-        raise CFMoEError(f"{directory} holds neither adapter_config.json nor {_TRAINED}; give the adapter directory of cfmoe tune")
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Puts parameters from a safetensors file into `model`. Raises CFMoEError where the file is damaged or of another model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -176,12 +160,39 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
     own = dict(model.named_parameters())
     for name, value in trained.items():
         if name not in own or own[name].shape != value.shape:
-            raise CFMoEError(
-                f"{path}: {name} {tuple(value.shape)} is no parameter of this model; give the model that the adapter was trained on"
-            )
+            shape = "×".join(map(str, value.shape))
+            raise CFMoEError(f"{path}: {name} ({shape}) is no parameter of this model; give the model that it was trained from")
     with torch.no_grad():
         for name, value in trained.items():
-            own[name].data.copy_(value)
+            own[name].copy_(value)
+
+
+def save_adapter(model: nn.Module, directory: Path) -> None:
+    """Writes what was trained: peft's files for LoRA, otherwise the trained parameters as safetensors."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(str(directory))
+        return
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f"{TRAINED}.tmp"
+    save_file(trained_parameters(model), beside)
+    os.replace(beside, directory / TRAINED)
+
+
+def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
+    """`model` with the adapter that `save_adapter` wrote; not trainable."""
+    if (directory / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        try:
+            return PeftModel.from_pretrained(model, str(directory))
+        except Exception as error:  # of many kinds, for a damaged file and for another model's
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CFMoEError(f"{directory} does not fit this model: {reason}; give the model that it was trained from") from error
+    if not (directory / TRAINED).is_file():
+        raise CFMoEError(f"{directory} holds neither adapter_config.json nor {TRAINED}; give the adapter directory of cfmoe tune")
+    load_trained(model, directory / TRAINED)
     return model.requires_grad_(False)
 
 

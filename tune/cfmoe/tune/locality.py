@@ -129,14 +129,24 @@ def l2(logits: Tensor, segments: Tensor) -> Tensor:
 # --- losses at the top-k boundary -------------------------------------------------------------------------------------------------
 
 
-def overlap(logits: Tensor, segments: Tensor, top_k: int, temperature: float = 0.25) -> Tensor:
-    """The share of the chosen set that changes, softly: Σ |g − g'| / 2k, with `gates` g of a token and g' of the one before.
+def overlap(
+    logits: Tensor,
+    segments: Tensor,
+    top_k: int,
+    temperature: float = 0.25,
+    ids: Tensor | None = None,  # (layers, batch, seq, top_k)
+) -> Tensor:
+    """The share of the chosen set that changes, softly: Σ (1 − g_e) / 2k over the experts e that only one of two tokens chose.
 
-    For hard gates it is 1 − |E ∩ E'| / k, one minus the expert consistency of the pair. In time it is the total variation of every
-    expert's gate (Rudin, Osher, Fatemi, Physica D 60, 1992): uses that stand alone go first, edges of long runs stay where they are.
+    g is the `gates` of the token that did not choose e. For hard gates it is 1 − |E ∩ E'| / k, one minus the expert consistency of the
+    pair. Only what would join the other token's choice is moved. The plain distance Σ |g − g'| is lowered as well by undecided gates
+    everywhere, and that costs far more quality than it saves (docs/locality.md).
     """
-    g = gates(logits, top_k, temperature)
-    return _per_pair((g[..., 1:, :] - g[..., :-1, :]).abs().sum(-1) / (2 * top_k), segments)
+    chosen = _one_hot(_choose(logits, top_k) if ids is None else ids, logits.shape[-1])
+    lacking = 1 - gates(logits, top_k, temperature)
+    now, before = chosen[..., 1:, :], chosen[..., :-1, :]
+    cost = (lacking[..., 1:, :] * (before & ~now) + lacking[..., :-1, :] * (now & ~before)).sum(-1)
+    return _per_pair(cost / (2 * top_k), segments)
 
 
 def hinge(
@@ -160,25 +170,46 @@ def hinge(
     return cost.masked_fill(~has_predecessor(segments), 0.0)
 
 
-def _decayed_max(values: Tensor, segments: Tensor, decay: float) -> Tensor:
-    """max over j ≥ 0 of decay^j · values(t − j) inside the sequence, (…, seq, experts), in log₂(seq) steps of doubling reach."""
-    distance, state = 1, values
-    while distance < values.shape[-2]:
-        inside = has_predecessor(segments, distance)[..., None]
-        state = torch.maximum(state, torch.where(inside, decay**distance * _shift(state, distance), 0.0))
-        distance *= 2
-    return state
+def recency(
+    ids: Tensor,  # (layers, batch, seq, top_k)
+    segments: Tensor,  # (batch, seq)
+    experts: int,
+    decay: float,
+) -> Tensor:  # (layers, batch, seq, experts) float32
+    """decay^(j − 1) for an expert last chosen j tokens ago in the sequence: 1 right after its use, 0 where it has not been chosen."""
+    seq = ids.shape[2]
+    position = torch.arange(seq, device=ids.device)
+    used = torch.where(_one_hot(ids, experts), position[:, None], -1).cummax(2).values
+    last = _shift(used, 1, -1)
+    start = torch.where(has_predecessor(segments), 0, position).cummax(1).values
+    age = position[:, None] - last
+    return torch.where(last >= start[..., None], decay ** (age - 1.0), 0.0)
 
 
-def window(logits: Tensor, segments: Tensor, top_k: int, temperature: float = 0.25, decay: float = 0.9) -> Tensor:
-    """What the token asks for beyond a fading memory of the tokens before: Σ max(0, g(t) − r(t)) / k.
+def window(
+    logits: Tensor,
+    segments: Tensor,
+    top_k: int,
+    temperature: float = 0.25,
+    decay: float = 0.9,
+    ids: Tensor | None = None,  # (layers, batch, seq, top_k)
+) -> Tensor:
+    """Prefers experts used lately to those used long ago: Σ_e (r_f − r_e) tanh((z_e − z_f) / 2τ) / k over the chosen experts e.
 
-    r(t) = max over j ≥ 1 of decay^(j−1) · g(t − j) is every expert's recency, 1 right after a sure use. The gradient flows through r too,
-    to the use that it remembers: an expert that comes back is worth keeping warm. decay → 0 leaves the rising half of `overlap`.
+    r is the `recency` of an expert, and f the strongest expert that was not chosen and is more recent than e; where there is none, e
+    costs nothing. As in `cache` the gradient is largest for near misses and fades for hopeless ones. decay → 0 looks one token back.
     """
-    g = gates(logits, top_k, temperature)
-    memory = _shift(_decayed_max(g, segments, decay), 1)
-    return ((g - memory).clamp_min(0).sum(-1) / top_k).masked_fill(~has_predecessor(segments), 0.0)
+    ids = _choose(logits, top_k) if ids is None else ids
+    experts = logits.shape[-1]
+    fresh = recency(ids, segments, experts, decay).to(logits.dtype)
+    own = fresh.gather(-1, ids)[..., None]  # (layers, batch, seq, top_k, 1)
+    rival = (fresh[..., None, :] > own) & ~_one_hot(ids, experts)[..., None, :]
+    strongest, f = logits[..., None, :].masked_fill(~rival, -torch.inf).max(-1)
+    found = strongest.isfinite()
+    gap = torch.where(found, logits.gather(-1, ids) - torch.where(found, strongest, 0.0), 0.0)
+    gain = torch.where(found, fresh.gather(-1, f) - own[..., 0], 0.0)
+    cost = (gain * torch.tanh(gap.clamp_min(0) / (2 * temperature))).sum(-1) / top_k
+    return cost.masked_fill(~has_predecessor(segments), 0.0)
 
 
 # --- the cache itself -------------------------------------------------------------------------------------------------------------
@@ -284,11 +315,11 @@ class Locality:
         if self.kind in _DISTRIBUTION:
             return _DISTRIBUTION[self.kind](logits, segments)
         if self.kind == "overlap":
-            return overlap(logits, segments, self.top_k, self.temperature)
+            return overlap(logits, segments, self.top_k, self.temperature, ids)
         if self.kind == "hinge":
             return hinge(logits, segments, self.top_k, ids=ids)
         if self.kind == "window":
-            return window(logits, segments, self.top_k, self.temperature, self.decay)
+            return window(logits, segments, self.top_k, self.temperature, self.decay, ids)
         return cache(logits, segments, self.top_k, self.temperature, self.capacity, self.frequency_decay, self.both_ways, ids)
 
 

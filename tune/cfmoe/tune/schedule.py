@@ -26,7 +26,7 @@ class QualityBudget:
     λ ← λ · exp(rate · (1 − excess / ln(1 + budget))), with the excess averaged over about 1 / (1 − smoothing) steps.
     """
 
-    def __init__(self, budget: float, start: float = 0.03, rate: float = 0.05, smoothing: float = 0.9) -> None:
+    def __init__(self, budget: float, start: float = 0.1, rate: float = 0.03, smoothing: float = 0.9) -> None:
         self.target = math.log1p(budget)
         self.weight = start
         self.rate = rate

@@ -1,0 +1,396 @@
+"""From a checkpoint and data to an adapter and a merged checkpoint: what `cfmoe tune` does.
+
+The output directory: adapter/ (what was trained), merged/ (a checkpoint directory like the one that was given, for `cfmoe compile`),
+tune.json (options and measurements), log/ (TensorBoard) and checkpoints/ (for --resume).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from cfmoe.errors import CFMoEError, os_error
+from cfmoe.tune.checkpoint import DTYPES, load_model, load_tokenizer, pick_device
+from cfmoe.tune.data import Row, collate, encode_documents, encode_examples, end_token, pack, read_documents, split
+from cfmoe.tune.elastic import (
+    ADAPTERS,
+    LoraSettings,
+    adapt,
+    load_adapter,
+    load_four_bit,
+    merge,
+    plan_ranks,
+    save_adapter,
+    trainable_parameters,
+)
+from cfmoe.tune.locality import KINDS, Locality, has_predecessor
+from cfmoe.tune.routers import MoELayer, RouterRecorder, find_moe_layers
+from cfmoe.tune.tasks import examples, pick_task
+from cfmoe.tune.trainer import LocalityTrainer, Objective, shared_experts
+
+ProgressCallback = Callable[[str, int, int], None]
+
+_PROFILED_ROWS = 32  # of the training data, for the ECR that elastic fine-tuning goes by
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result. Names and defaults are those of the command's options."""
+
+    model: Path
+    out: Path
+    task: str | None = None
+    data: Path | None = None
+    limit: int | None = None
+    held_out: float = 0.05
+    max_length: int = 512
+    # what is trained
+    adapter: str = "lora"
+    rank: int = 16
+    alpha: float = 16.0
+    rslora: bool = True
+    elastic_threshold: float | None = None
+    elastic_rank_budget: int | None = None
+    qlora: bool = False
+    # what for
+    locality: str = "cache"
+    locality_weight: float = 0.3
+    ramp: float = 0.1
+    release: float = 0.0
+    quality_budget: float | None = None
+    layer_weights: tuple[float, ...] | None = None
+    temperature: float = 0.25
+    window_decay: float = 0.9
+    cache_capacity: float = 0.35
+    quality: str = "data"
+    aux_loss_alpha: float = 0.0
+    # how
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 5e-4
+    warmup: float = 0.05
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    early_stopping: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def problems(self) -> list[str]:
+        """Every reason why this recipe cannot be followed, or would ignore something that it says."""
+        found = []
+        if (self.task is None) == (self.data is None) and self.task is None:
+            found.append("neither --task nor --data says what to train on")
+        if self.adapter not in ADAPTERS:
+            found.append(f"--adapter {self.adapter} is none of {', '.join(ADAPTERS)}")
+        elif self.adapter != "lora":
+            given = {"--elastic-threshold": self.elastic_threshold, "--elastic-rank-budget": self.elastic_rank_budget}
+            found += [f"{name} is for --adapter lora only" for name, value in given.items() if value is not None]
+            found += ["--qlora is for --adapter lora only"] if self.qlora else []
+        if self.locality not in ("none", *KINDS):
+            found.append(f"--locality {self.locality} is none of {', '.join(('none', *KINDS))}")
+        if self.locality == "none" and self.quality_budget is not None:
+            found.append("--quality-budget does nothing with --locality none")
+        if self.locality == "none" and self.quality == "base":
+            found.append("--quality base with --locality none would train the model to be what it is")
+        if self.early_stopping is not None and self.evaluate_every is None:
+            found.append("--early-stopping needs --evaluate-every")
+        return found
+
+
+def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: ProgressCallback | None = None) -> dict[str, Any]:
+    """Follows `recipe`; returns what tune.json holds. Raises CFMoEError for what the user can mend.
+
+    Started by torchrun or accelerate, every process calls it and the first one writes.
+    """
+    if problems := recipe.problems():
+        raise CFMoEError("; ".join(problems))
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        _prepare_output(recipe.out, force, resume)
+    device = pick_device(recipe.device)
+    arguments = training_arguments(recipe, device)  # starts the process group, which decides each process's device
+    model = _load(recipe, arguments.device)
+    layers = find_moe_layers(model)
+    train, held, pad = prepare_data(recipe, model)
+    _set_steps(recipe, arguments, len(train))
+    ecr = profile_rows(model, layers, train[:_PROFILED_ROWS], pad, recipe.max_length)
+    ranks = None
+    if recipe.adapter == "lora":
+        ranks = plan_ranks(ecr, recipe.rank, recipe.elastic_threshold, recipe.elastic_rank_budget)
+    model = adapt(model, [layer.router_name for layer in layers], recipe.adapter, ranks, LoraSettings(recipe.alpha, recipe.rslora))
+    model.config.use_cache = False
+    objective = _objective(recipe, layers)
+    base = None
+    if objective.needs_base and recipe.adapter != "lora":
+        base = load_model(recipe.model, arguments.device, "bfloat16" if recipe.bf16 else "float32").requires_grad_(False)
+    trainer = LocalityTrainer(model, arguments, train, held, pad, recipe.max_length, objective, base, _callbacks(recipe, progress, first))
+    before = trainer.evaluate()
+    ecr_before = trainer.ecr_per_layer
+    result = trainer.train(resume_from_checkpoint=resume or None)
+    after = trainer.evaluate()
+    trained, everything = trainable_parameters(model)
+    summary = {
+        "recipe": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(recipe).items()},
+        "rows": {"train": len(train), "held_out": len(held)},
+        "trained_parameters": trained,
+        "model_parameters": everything,
+        "ranks": ranks,
+        "ecr_profiled_per_layer": ecr,
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "seconds": result.metrics["train_runtime"],
+        "processes": arguments.world_size,
+        "before": {key.removeprefix("eval_"): value for key, value in before.items()} | {"ecr_per_layer": ecr_before},
+        "after": {key.removeprefix("eval_"): value for key, value in after.items()} | {"ecr_per_layer": trainer.ecr_per_layer},
+    }
+    _write_results(recipe, trainer, summary, first)
+    return summary
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_output(out: Path, force: bool, resume: bool) -> None:
+    try:
+        if resume:
+            if not any((out / "checkpoints").glob("checkpoint-*")):
+                raise CFMoEError(f"{out} has no checkpoints to resume from; leave out --resume")
+            return
+        if out.exists() and not force:
+            raise CFMoEError(f"{out} exists already; choose another --out, or replace it with --force, or go on with --resume")
+        if out.exists():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise os_error(error, out, "write") from error
+
+
+def training_arguments(recipe: Recipe, device: torch.device) -> transformers.TrainingArguments:
+    """The Trainer's settings; the number of steps is set once the data is known."""
+    every = recipe.evaluate_every
+    return transformers.TrainingArguments(
+        output_dir=str(recipe.out / "checkpoints"),
+        use_cpu=device.type == "cpu",
+        max_steps=recipe.steps or 1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=recipe.bf16,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="no" if every is None else "steps",
+        eval_steps=every,
+        save_strategy="no" if every is None else "steps",
+        save_steps=every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=recipe.early_stopping is not None,
+        metric_for_best_model="objective",
+        greater_is_better=False,
+        logging_steps=10,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _load(recipe: Recipe, device: torch.device) -> Any:
+    # Full fine-tuning keeps its weights in float32 and computes in bfloat16; an adapter's frozen base need not.
+    half = recipe.bf16 and recipe.adapter != "full"
+    if recipe.qlora:
+        return load_four_bit(recipe.model, torch.bfloat16 if recipe.bf16 else torch.float32)
+    return load_model(recipe.model, device, "bfloat16" if half else "float32")
+
+
+def prepare_data(recipe: Recipe, model: Any) -> tuple[list[Row], list[Row], int]:
+    """Packed training rows, held-out rows, and the token that fills up a row."""
+    tokenizer = load_tokenizer(recipe.model)
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and recipe.max_length > limit:
+        raise CFMoEError(f"--max-length {recipe.max_length} is longer than the model's context of {limit} tokens; use at most {limit}")
+    end = end_token(model.config, tokenizer)
+    if recipe.task is None:
+        assert recipe.data is not None
+        parts = split(read_documents(recipe.data, recipe.limit), recipe.held_out, recipe.seed, lambda one: one.domain)
+        if len(parts[0]) + len(parts[1]) == 1:  # one long text: hold out pieces of it
+            pieces = encode_documents(parts[0], tokenizer, end, recipe.max_length)
+            sequences = split(pieces, recipe.held_out, recipe.seed)
+        else:
+            first, second = (encode_documents(part, tokenizer, end, recipe.max_length) if part else [] for part in parts)
+            sequences = (first, second)
+    else:
+        task = pick_task(recipe.task)
+        found = split(examples(task, recipe.data, recipe.limit, "train"), recipe.held_out, recipe.seed)
+        first, second = (encode_examples(part, tokenizer, end, recipe.max_length) if part else [] for part in found)
+        sequences = (first, second)
+    train, held = (pack(part, recipe.max_length, recipe.seed) for part in sequences)
+    if not held:
+        raise CFMoEError(f"--held-out {recipe.held_out} of the data leaves nothing to measure on; use a larger share or more data")
+    pad = config.pad_token_id
+    return train, held, pad if isinstance(pad, int) and pad >= 0 else end or 0
+
+
+def _set_steps(recipe: Recipe, arguments: transformers.TrainingArguments, rows: int) -> None:
+    per_step = recipe.batch_size * arguments.world_size * recipe.accumulate
+    if rows < recipe.batch_size * arguments.world_size:
+        raise CFMoEError(
+            f"the data fills {rows} rows of {recipe.max_length} tokens, fewer than a batch of {recipe.batch_size} for each of "
+            f"{arguments.world_size} processes; use a smaller --batch-size or --max-length, or more data"
+        )
+    arguments.max_steps = recipe.steps or max(1, round(recipe.epochs * rows / per_step))
+    arguments.warmup_steps = round(recipe.warmup * arguments.max_steps)
+
+
+@torch.no_grad()
+def profile_rows(model: Any, layers: Sequence[MoELayer], rows: Sequence[Row], pad: int, length: int) -> list[float]:
+    """The ECR of every MoE layer over `rows`."""
+    shared, pairs = torch.zeros(len(layers)), 0
+    model.eval()
+    with RouterRecorder(layers) as recorder:
+        for row in rows:
+            batch = {name: value.to(model.device) for name, value in collate([row], pad, length).items()}
+            model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            shared += shared_experts(recorder.ids, batch["segments"]).cpu()
+            pairs += int(has_predecessor(batch["segments"]).sum())
+    return (shared / max(1, pairs)).tolist()
+
+
+def _objective(recipe: Recipe, layers: Sequence[MoELayer]) -> Objective:
+    if recipe.layer_weights is not None and len(recipe.layer_weights) != len(layers):
+        raise CFMoEError(
+            f"--layer-weights has {len(recipe.layer_weights)} values, but the model has {len(layers)} MoE layers; give one each"
+        )
+    kinds = {(layer.num_experts, layer.top_k) for layer in layers}
+    if len(kinds) > 1:
+        raise CFMoEError(f"the model's MoE layers differ (experts, top-k: {sorted(kinds)}); tuning needs layers of one kind")
+    loss = None
+    if recipe.locality != "none":
+        loss = Locality(recipe.locality, layers[0].top_k, recipe.temperature, recipe.window_decay, recipe.cache_capacity)
+    return Objective(
+        locality=loss,
+        weight=recipe.locality_weight,
+        ramp=recipe.ramp,
+        release=recipe.release,
+        budget=recipe.quality_budget,
+        distill=recipe.quality == "base",
+        aux_alpha=recipe.aux_loss_alpha,
+        layer_weights=recipe.layer_weights,
+    )
+
+
+class _Progress(transformers.TrainerCallback):
+    def __init__(self, report: ProgressCallback) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.report("training", state.global_step, state.max_steps)
+
+
+def _callbacks(recipe: Recipe, progress: ProgressCallback | None, first: bool) -> list[transformers.TrainerCallback]:
+    found: list[transformers.TrainerCallback] = []
+    if first:
+        from torch.utils.tensorboard import SummaryWriter
+        from transformers.integrations import TensorBoardCallback
+
+        found.append(TensorBoardCallback(SummaryWriter(str(recipe.out / "log"))))
+    if progress is not None and first:
+        found.append(_Progress(progress))
+    if recipe.early_stopping is not None:
+        found.append(transformers.EarlyStoppingCallback(recipe.early_stopping))
+    return found
+
+
+# --- results ----------------------------------------------------------------------------------------------------------------------
+
+
+def _write_results(recipe: Recipe, trainer: LocalityTrainer, summary: dict[str, Any], first: bool) -> None:
+    adapter = recipe.out / "adapter"
+    if trainer.sharded:
+        trainer.save_model(str(adapter))
+    elif first:
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
+    trainer.accelerator.wait_for_everyone()
+    if first:
+        save_merged(recipe.model, adapter, recipe.out / "merged")
+        beside = recipe.out / "tune.json.tmp"
+        beside.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(beside, recipe.out / "tune.json")
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_merged(model: Path, adapter: Path, out: Path) -> None:
+    """Writes the checkpoint `model` with `adapter` added: the same files, tensors, shapes and type, other weights.
+
+    Raises CFMoEError where transformers would write other tensors than `model` has, which nothing could take for the same family.
+    """
+    loaded = load_model(model, torch.device("cpu"), _stored_type(model))
+    merged = merge(load_adapter(loaded, adapter))
+    beside = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        merged.save_pretrained(str(beside))
+        for path in beside.iterdir():
+            if not _is_weights(path):
+                path.unlink()
+        for path in model.iterdir():
+            if path.is_file() and not _is_weights(path) and path.suffix not in (".bin", ".pt", ".pth", ".gguf"):
+                shutil.copy2(path, beside / path.name)
+        _check_same_tensors(model, beside)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(beside, out)
+    except OSError as error:
+        raise os_error(error, out, "write") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _stored_type(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return name if name in DTYPES else "float32"
+
+
+def _check_same_tensors(one: Path, other: Path) -> None:
+    first, second = _shapes(one), _shapes(other)
+    if different := sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name)):
+        raise CFMoEError(
+            f"{one}: transformers writes {different[0]} as {second.get(different[0])} where the checkpoint has {first.get(different[0])} "
+            f"({len(different)} such tensors); convert the checkpoint with save_pretrained first"
+        )
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
