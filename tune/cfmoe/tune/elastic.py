@@ -24,6 +24,9 @@ from torch import nn
 from cfmoe.errors import CFMoEError, os_error
 
 ADAPTERS = ("lora", "router", "full")
+# Linear layers of these names peft takes for the experts of transformers 4 and adapts the fused experts of every layer instead, so theirs
+# are reached as parameters. Quantised to 4 bits they cannot be, and are left as they are.
+_RENAMED = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
 TRAINED = "trained.safetensors"  # of an adapter that is no LoRA: the trained parameters themselves
 
 
@@ -116,7 +119,10 @@ def _lora_config(model: nn.Module, routers: Sequence[str], ranks: Sequence[int],
             if name in routers:
                 continue
             if isinstance(module, nn.Linear):
-                modules.append(name)
+                if name.rpartition(".")[2] not in _RENAMED:
+                    modules.append(name)
+                elif module.weight.is_floating_point():
+                    parameters.append(f"{name}.weight")
             parameters += [f"{name}.{key}" for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
     if parameters and settings.dropout:
         raise CFMoEError("--lora-dropout is not possible on fused experts, whose adapter is added to the weights; leave it 0")

@@ -70,7 +70,7 @@ class Recipe:
     temperature: float = 0.25
     window_decay: float = 0.9
     cache_capacity: float = 0.35
-    quality: str = "data"
+    distill: float = 0.0
     aux_loss_alpha: float = 0.0
     # how
     steps: int | None = None
@@ -101,8 +101,8 @@ class Recipe:
             found.append(f"--locality {self.locality} is none of {', '.join(('none', *KINDS))}")
         if self.locality == "none" and self.quality_budget is not None:
             found.append("--quality-budget does nothing with --locality none")
-        if self.locality == "none" and self.quality == "base":
-            found.append("--quality base with --locality none would train the model to be what it is")
+        if self.locality == "none" and self.distill == 1:
+            found.append("--distill 1 with --locality none would train the model to be what it is")
         if self.early_stopping is not None and self.evaluate_every is None:
             found.append("--early-stopping needs --evaluate-every")
         return found
@@ -294,7 +294,7 @@ def _objective(recipe: Recipe, layers: Sequence[MoELayer]) -> Objective:
         ramp=recipe.ramp,
         release=recipe.release,
         budget=recipe.quality_budget,
-        distill=recipe.quality == "base",
+        distill=recipe.distill,
         aux_alpha=recipe.aux_loss_alpha,
         layer_weights=recipe.layer_weights,
     )

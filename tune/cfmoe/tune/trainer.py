@@ -36,13 +36,13 @@ class Objective:
     ramp: float = 0.1
     release: float = 0.0
     budget: float | None = None  # of perplexity; it chooses the weight
-    distill: bool = False  # quality is the divergence from the base model instead of the cross-entropy with the data
+    distill: float = 0.0  # share of the divergence from the base model in the quality term; the rest is the data's cross-entropy
     aux_alpha: float = 0.0
     layer_weights: tuple[float, ...] | None = None
 
     @property
     def needs_base(self) -> bool:
-        return self.distill or self.budget is not None
+        return self.distill > 0 or self.budget is not None
 
 
 def wanted_positions(labels: Tensor) -> Tensor:  # (batch, seq) → (batch, seq - 1) bool
@@ -156,26 +156,26 @@ class LocalityTrainer(transformers.Trainer):
         base = functional.log_softmax(self._base_logits(model, fed)[where], dim=-1) if self.objective.needs_base else None
         own = functional.log_softmax(model(**fed, use_cache=False).logits[:, :-1][where].float(), dim=-1)
         target = labels[:, 1:][where][:, None]
-        if self.objective.distill:
-            # KL(base ‖ tuned) at temperature 1: Hinton et al., Distilling the knowledge in a neural network, arXiv:1503.02531
-            assert base is not None
-            quality = (base.exp() * (base - own)).sum() / tokens
-        else:
-            quality = -own.gather(-1, target).sum() / tokens
+        loss = -own.gather(-1, target).sum() / tokens
+        quality = loss
+        if base is not None:
+            # By the data and not by the divergence: a model may differ from the base and predict the data as well.
+            self._excess += loss.detach() + base.gather(-1, target).sum() / tokens
+            self._fresh = True
+            if self.objective.distill:
+                # KL(base ‖ tuned) at temperature 1: Hinton et al., Distilling the knowledge in a neural network, arXiv:1503.02531
+                divergence = (base.exp() * (base - own)).sum() / tokens
+                quality = self.objective.distill * divergence + (1 - self.objective.distill) * loss
         balance = quality.new_zeros(())
         ids = self.recorder.ids
         weight = self.locality_weight()
         local = self._locality(segments, pairs)
         if self.objective.aux_alpha:
             balance = balance_loss(self.recorder.logits, ids, (segments != PADDING).flatten(), self._total, real_tokens)
-        loss = quality + weight * local + self.objective.aux_alpha * balance
         self._note(quality, local, balance, (shared_experts(ids, segments) / pairs).mean())
-        if base is not None:
-            excess = quality.detach() if self.objective.distill else quality.detach() + base.gather(-1, target).sum() / tokens
-            self._excess += excess
-            self._fresh = True
+        total = quality + weight * local + self.objective.aux_alpha * balance
         self.recorder.clear()
-        return loss * self.accelerator.num_processes  # gradients are averaged over the processes, but the sum is wanted
+        return total * self.accelerator.num_processes  # gradients are averaged over the processes, but the sum is wanted
 
     def _locality(self, segments: Tensor, pairs: Tensor | float) -> Tensor:
         """The locality loss of the pass just recorded, a sum over pairs divided by `pairs`; 0 without one."""
