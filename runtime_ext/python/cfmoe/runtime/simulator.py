@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from cfmoe.errors import CFMoEError
 from cfmoe.runtime import _capi
 from cfmoe.trace import Trace
 
@@ -87,18 +88,25 @@ class Simulator:
     """A trace, laid out for replaying. Its runs are independent of each other, and may go in several threads.
 
     chunk_size: of prefill, in tokens; None for the trace's own, or 256 where it has none. warm: keep the cache from sample to sample.
-    Raises CFMoEError where the trace is too long.
+    Raises CFMoEError where the trace is too long or of too many experts, or the chunk size is none.
     """
 
     def __init__(
-        self, trace: Trace, *, semantics: Semantics = Semantics.engine, warm: bool = False, chunk_size: int | None = None, name: str = "trace"
+        self,
+        trace: Trace,
+        *,
+        semantics: Semantics = Semantics.engine,
+        warm: bool = False,
+        chunk_size: int | None = None,
+        name: str = "trace",
     ) -> None:
         self._handle = ctypes.c_void_p()
         self._lib = _capi.library()
         self._trace = trace
-        options = _capi.SimulatorOptions(
-            ctypes.sizeof(_capi.SimulatorOptions), int(semantics is Semantics.reference), int(warm), chunk_size or 0
-        )
+        if chunk_size is not None and not 0 < chunk_size < 1 << 32:
+            raise CFMoEError(f"a chunk size of {chunk_size} tokens is not allowed: use a positive number, or leave it out")
+        reference = Semantics(semantics) is Semantics.reference
+        options = _capi.SimulatorOptions(ctypes.sizeof(_capi.SimulatorOptions), int(reference), int(warm), chunk_size or 0)
         data = trace.to_bytes()
         error = _capi.ErrorText()
         error.check(
@@ -133,16 +141,21 @@ class Simulator:
         lookahead: of ``lopt``, in accesses; None for those of four tokens. Raises CFMoEError where the policy is unknown, needs scores that
         the trace lacks, or the size is below what the semantics allow.
         """
+        if not self._handle:
+            raise CFMoEError("the simulator is closed: make another")
+        if slots < 0:
+            raise CFMoEError(f"a cache of {slots} experts is not allowed: use 0 or a positive number")
+        if lookahead is not None and not 0 <= lookahead < 1 << 32:
+            raise CFMoEError(f"a lookahead of {lookahead} accesses is not allowed: use 0 to {(1 << 32) - 1}")
+        slots = min(slots, self.total)
         out = _capi.Simulation()
         misses = (ctypes.c_uint64 * (self._trace.top_k + 1))()
         ahead = DEFAULT_LOOKAHEAD_TOKENS * self._trace.layers * self._trace.top_k if lookahead is None else lookahead
         error = _capi.ErrorText()
-        error.check(
-            self._lib.cfmoe_simulator_run(self._handle, policy.encode(), slots, ahead, ctypes.byref(out), misses, *error.arguments)
-        )
+        error.check(self._lib.cfmoe_simulator_run(self._handle, policy.encode(), slots, ahead, ctypes.byref(out), misses, *error.arguments))
         return Simulation(
             policy,
-            min(slots, self.total),
+            slots,
             Counts(out.prefill_hits, out.prefill_misses),
             Counts(out.decode_hits, out.decode_misses),
             out.hand_over_loads,
@@ -157,7 +170,8 @@ class Simulator:
         progress: Callable[[str, int, int], None] | None = None,
     ) -> list[Simulation]:
         """Every policy at every size, on all usable CPUs; policy by policy, in the order given."""
-        pairs = [(policy, size) for policy in policies for size in slots]
+        sizes = list(slots)
+        pairs = [(policy, size) for policy in policies for size in sizes]
         results: list[Simulation] = []
         with ThreadPoolExecutor(_usable_cpus()) as pool:
             runs = [pool.submit(self.run, policy, size, lookahead) for policy, size in pairs]
