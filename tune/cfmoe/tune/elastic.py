@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +104,20 @@ def adapt(
     if ranks is None:
         raise ValueError("lora needs the ranks of its layers")
     config = _lora_config(model, routers, ranks, settings or LoraSettings())
-    adapted = get_peft_model(model, config)
+    with _old_names():
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # a step of the optimiser is below the resolution of bfloat16
     return adapted
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Without transformers' warnings that peft still uses an attribute's old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
+        yield
 
 
 def _lora_config(model: nn.Module, routers: Sequence[str], ranks: Sequence[int], settings: LoraSettings) -> Any:
@@ -192,7 +203,8 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
         from peft import PeftModel
 
         try:
-            return PeftModel.from_pretrained(model, str(directory))
+            with _old_names():
+                return PeftModel.from_pretrained(model, str(directory))
         except Exception as error:  # of many kinds, for a damaged file and for another model's
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CFMoEError(f"{directory} does not fit this model: {reason}; give the model that it was trained from") from error

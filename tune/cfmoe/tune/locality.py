@@ -260,7 +260,7 @@ def cache(
     temperature: float = 0.25,
     capacity: float = 0.35,  # share of all experts
     frequency_decay: float = 0.0,
-    both_ways: bool = True,
+    both_ways: bool = False,
     ids: Tensor | None = None,  # (layers, batch, seq, top_k)
 ) -> Tensor:
     """Misses of the cache that the engine keeps, each weighed by how easily a resident expert takes its place: Σ tanh(Δᵢ / 2τ) / k.
@@ -268,8 +268,8 @@ def cache(
     The i-th weakest chosen expert that is not resident is paired with the i-th strongest resident that is not chosen; Δᵢ is the
     difference of their logits. The gradient is largest where the two are level and fades for pairs far apart, whose swap would cost
     quality; it lowers the one and lifts the other. No gradient flows through the state of the cache, see `residents`.
-    both_ways: an expert that the cache of the reversed sequence holds counts as resident too. It is used again soon, so dropping this one
-    use would put its miss off and not save it; what is left are the uses that no neighbour in time shares.
+    both_ways: an expert that the cache of the reversed sequence holds, because it is used again soon, counts as resident too; what is
+    left are the uses that no neighbour in time shares.
     """
     experts = logits.shape[-1]
     ids = _choose(logits, top_k) if ids is None else ids
@@ -304,7 +304,7 @@ class Locality:
     decay: float = 0.9
     capacity: float = 0.35
     frequency_decay: float = 0.0
-    both_ways: bool = True
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -108,8 +108,8 @@ class Recipe:
         return found
 
 
-def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: ProgressCallback | None = None) -> dict[str, Any]:
-    """Follows `recipe`; returns what tune.json holds. Raises CFMoEError for what the user can mend.
+def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: ProgressCallback | None = None) -> dict[str, Any] | None:
+    """Follows `recipe`; returns what tune.json holds, in the first process. Raises CFMoEError for what the user can mend.
 
     Started by torchrun or accelerate, every process calls it and the first one writes.
     """
@@ -118,6 +118,7 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
         _prepare_output(recipe.out, force, resume)
+    transformers.set_seed(recipe.seed)  # adapters start at random
     device = pick_device(recipe.device)
     arguments = training_arguments(recipe, device)  # starts the process group, which decides each process's device
     model = _load(recipe, arguments.device)
@@ -130,11 +131,15 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         ranks = plan_ranks(ecr, recipe.rank, recipe.elastic_threshold, recipe.elastic_rank_budget)
     model = adapt(model, [layer.router_name for layer in layers], recipe.adapter, ranks, LoraSettings(recipe.alpha, recipe.rslora))
     model.config.use_cache = False
+    if recipe.gradient_checkpointing:
+        name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
     objective = _objective(recipe, layers)
     base = None
     if objective.needs_base and recipe.adapter != "lora":
         base = load_model(recipe.model, arguments.device, "bfloat16" if recipe.bf16 else "float32").requires_grad_(False)
     trainer = LocalityTrainer(model, arguments, train, held, pad, recipe.max_length, objective, base, _callbacks(recipe, progress, first))
+    trainer.remove_callback(transformers.PrinterCallback)  # standard output is for the result
     before = trainer.evaluate()
     ecr_before = trainer.ecr_per_layer
     result = trainer.train(resume_from_checkpoint=resume or None)
@@ -151,11 +156,12 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         "train_loss": result.training_loss,
         "seconds": result.metrics["train_runtime"],
         "processes": arguments.world_size,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "before": {key.removeprefix("eval_"): value for key, value in before.items()} | {"ecr_per_layer": ecr_before},
         "after": {key.removeprefix("eval_"): value for key, value in after.items()} | {"ecr_per_layer": trainer.ecr_per_layer},
     }
     _write_results(recipe, trainer, summary, first)
-    return summary
+    return summary if first else None
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------------------
@@ -192,8 +198,6 @@ def training_arguments(recipe: Recipe, device: torch.device) -> transformers.Tra
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="no" if every is None else "steps",
         eval_steps=every,
         save_strategy="no" if every is None else "steps",
@@ -202,7 +206,7 @@ def training_arguments(recipe: Recipe, device: torch.device) -> transformers.Tra
         load_best_model_at_end=recipe.early_stopping is not None,
         metric_for_best_model="objective",
         greater_is_better=False,
-        logging_steps=10,
+        logging_steps=1 if (recipe.steps or 100) < 50 else 10,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         dataloader_drop_last=True,
@@ -311,10 +315,11 @@ class _Progress(transformers.TrainerCallback):
 def _callbacks(recipe: Recipe, progress: ProgressCallback | None, first: bool) -> list[transformers.TrainerCallback]:
     found: list[transformers.TrainerCallback] = []
     if first:
-        from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
 
-        found.append(TensorBoardCallback(SummaryWriter(str(recipe.out / "log"))))
+        board = TensorBoardCallback()
+        board.logging_dir = str(recipe.out / "log")
+        found.append(board)
     if progress is not None and first:
         found.append(_Progress(progress))
     if recipe.early_stopping is not None:

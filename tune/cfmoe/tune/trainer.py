@@ -111,7 +111,14 @@ class LocalityTrainer(transformers.Trainer):
             return collate(rows, pad, row_length)
 
         args.remove_unused_columns = False
-        super().__init__(model=model, args=args, data_collator=collator, train_dataset=list(train_rows), callbacks=callbacks)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=list(train_rows),
+            eval_dataset=list(held_rows),
+            callbacks=callbacks,
+        )
         self.loss_is_scaled_for_ga = True
         if self.args.n_gpu > 1:
             raise CFMoEError(f"{self.args.n_gpu} GPUs in one process are not supported; start one process for each with torchrun")
@@ -130,12 +137,13 @@ class LocalityTrainer(transformers.Trainer):
             ).cpu()
         return self._total(counts.to(device, torch.float32)).clamp_min(1)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """After every step; the checkpoint that may be written here holds the weight of the next one."""
         if self.quality_budget is not None and self._fresh:
             self.quality_budget.update(self._total(self._excess).item())
             self._excess.zero_()
             self._fresh = False
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def locality_weight(self) -> float:
         """λ of the current step."""
