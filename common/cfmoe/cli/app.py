@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from cfmoe.cli import bench, compile, demo, doctor, inspect, profile, run, score
+from cfmoe.cli import bench, compile, demo, doctor, inspect, plan, profile, run, score, simulate, tune
 from cfmoe.errors import CFMoEError, RuntimeFault
 
 EXIT_FAULT = 1
@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
+app.command("simulate")(simulate.simulate)
+app.command("plan")(plan.plan)
 app.command("compile")(compile.compile_command)
 app.command("inspect")(inspect.inspect)
 app.command("run")(run.run)

@@ -37,7 +37,9 @@ def profile(
         int | None,
         typer.Option("--prompt-tokens", min=0, help="Tokens of each window that count as prefill. [default: half the window]"),
     ] = None,
-    scores: Annotated[bool, typer.Option("--scores", help="Record the router's scores of all experts too.")] = False,
+    scores: Annotated[
+        bool, typer.Option("--scores/--no-scores", help="Record the router's scores of all experts too, which some policies need.")
+    ] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows that run side by side.")] = 4,
     device: Annotated[str, typer.Option("--device", help="auto (the first CUDA device, else the CPU), cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Computing type. auto: float32 on the CPU, elsewhere as stored.")] = Dtype.auto,

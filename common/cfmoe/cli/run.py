@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cfmoe.cli._common import JsonOption, print_json, stderr
+from cfmoe.cli._common import ForceOption, JsonOption, print_json, stderr
 from cfmoe.errors import CFMoEError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(
     context_size: Annotated[
         int | None, typer.Option("--context-size", min=1, help="Tokens that fit. [default: the model's, at most 4096]")
     ] = None,
-    policy: Annotated[str | None, typer.Option("--policy", help="Cache policy. [default: lru]")] = None,
+    policy: Annotated[str | None, typer.Option("--policy", help="Cache policy. [default: learned]")] = None,
     io: Annotated[Io, typer.Option("--io", help="How expert records are read.")] = Io.auto,
     device: Annotated[Device, typer.Option("--device", help="Where to run.")] = Device.auto,
     temperature: Annotated[
@@ -61,6 +61,13 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of sampling. [default: 0]")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: one per physical core]")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Routing trace to write; its gathering takes memory outside the budget.")
+    ] = None,
+    trace_scores: Annotated[
+        bool, typer.Option("--trace-scores", help="Keep the router's scores in the trace whatever the policy.")
+    ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt inside a memory budget.
@@ -71,6 +78,10 @@ def run(
         for name, value in (("--top-k", top_k), ("--top-p", top_p), ("--seed", seed)):
             if value is not None:
                 raise CFMoEError(f"{name} {value} does nothing without --temperature above 0: greedy decoding takes the likeliest token")
+    if trace is None:
+        for name, given in (("--trace-scores", trace_scores), ("--force", force)):
+            if given:
+                raise CFMoEError(f"{name} does nothing without --trace FILE")
     text = read_prompt(prompt)
 
     from dataclasses import asdict
@@ -79,7 +90,10 @@ def run(
     from cfmoe.runtime import Engine, Sampling, Tokenizer
     from cfmoe.runtime._capi import library
     from cfmoe.runtime.memory import PeakGrowth
+    from cfmoe.trace.trace import check_writable
 
+    if trace is not None:
+        check_writable(trace, force)
     opened = Artifact.open(artifact)
     if chat:
         from cfmoe.artifact.chat import apply_chat_template
@@ -108,13 +122,24 @@ def run(
     library()
     with (
         PeakGrowth() as peak,
-        Engine(artifact, memory_budget=memory_budget, context_size=context_size, threads=threads, io=io.value, policy=policy) as engine,
+        Engine(
+            artifact,
+            memory_budget=memory_budget,
+            context_size=context_size,
+            threads=threads,
+            io=io.value,
+            policy=policy,
+            record_trace=trace is not None,
+            record_scores=trace_scores,
+        ) as engine,
     ):
         if engine.warning:
             stderr.print(f"warning: {engine.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         session = engine.session()
         generation = session.generate(prompt_ids, max_new_tokens, sampling=sampling, on_token=on_token)
         pieces.append(stream.flush())
+        if trace is not None:
+            session.write_trace(trace)
         if not as_json:
             _write(pieces[-1] + "\n")
             _summarise(engine, session.metrics, peak.bytes)

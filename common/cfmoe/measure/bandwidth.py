@@ -1,12 +1,15 @@
-"""Plain read bandwidth of memory and of storage, in bytes per second: what decode is bounded by."""
+"""Read speeds of memory and of storage: what decode is bounded by."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import random
+import statistics
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +19,21 @@ from cfmoe.errors import os_error
 
 MEMORY_BYTES = 512 << 20  # per measurement: far beyond any cache
 STORAGE_BYTES = 256 << 20
-READ_BYTES = 4 << 20  # per read: the size of a large expert record
+READ_SIZES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)  # bytes of a read: expert records lie between
 _ALIGNMENT = 16384
+_READERS = 2  # the engine's I/O threads
 
 
 @dataclass(frozen=True)
-class StorageBandwidth:
-    """`sequential` and `random` in bytes per second at queue depth 1; `direct` says whether the page cache was bypassed."""
+class StorageSpeed:
+    """Reading n bytes takes `latency_s` + n / bandwidth, of one read at a time or of two; bytes per second.
 
-    sequential: float
-    random: float
+    direct: the page cache was bypassed.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    bytes_per_s_2: float
     direct: bool
 
 
@@ -46,8 +54,8 @@ def memory_bandwidth(threads: int, repeat: int = 5) -> float:
     return best
 
 
-def storage_bandwidth(directory: Path) -> StorageBandwidth:
-    """Writes a temporary file of 256 MiB into `directory` and reads it in pieces of 4 MiB, in order and shuffled.
+def storage_speed(directory: Path) -> StorageSpeed:
+    """Writes a temporary file of 256 MiB into `directory` and reads shuffled pieces of 64 KiB to 4 MiB of it.
 
     Past the page cache (O_DIRECT) where the file system allows it. Raises CFMoEError where the file cannot be written.
     """
@@ -55,22 +63,18 @@ def storage_bandwidth(directory: Path) -> StorageBandwidth:
     try:
         try:
             _write(path)
-            return _read(path)
+            return file_speed(path, READ_SIZES)
         finally:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise os_error(error, path, "measure the storage with") from error
 
 
-def _write(path: Path) -> None:
-    piece = random.Random(0).randbytes(READ_BYTES)
-    with open(path, "xb", buffering=0) as file:
-        for _ in range(STORAGE_BYTES // READ_BYTES):
-            file.write(piece)
-        os.fsync(file.fileno())
+def file_speed(path: Path, sizes: Sequence[int], repeat: int = 24) -> StorageSpeed:
+    """Speed of reading `path` in pieces of `sizes` bytes, multiples of 16 KiB, at shuffled places; medians of `repeat` reads.
 
-
-def _read(path: Path) -> StorageBandwidth:
+    One piece at a time and as many at once as two readers have in the engine: two, and four. Raises OSError.
+    """
     direct = hasattr(os, "O_DIRECT")
     try:
         descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
@@ -80,19 +84,50 @@ def _read(path: Path) -> StorageBandwidth:
     try:
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        offsets = list(range(0, STORAGE_BYTES, READ_BYTES))
-        sequential = _timed_reads(descriptor, offsets)
-        random.Random(1).shuffle(offsets)
-        return StorageBandwidth(sequential, _timed_reads(descriptor, offsets), direct)
+        times = {}
+        with ThreadPoolExecutor(_READERS) as readers:
+            for size in sizes:
+                for count in (1, 2, 4):
+                    times[count, size] = _read_time(readers, descriptor, path.stat().st_size, size, count, repeat)
+        return StorageSpeed(*_fit(times), direct)
     finally:
         os.close(descriptor)
 
 
-def _timed_reads(descriptor: int, offsets: list[int]) -> float:
-    with mmap.mmap(-1, READ_BYTES + _ALIGNMENT) as buffer:  # anonymous maps start at a page, which O_DIRECT wants
-        view = memoryview(buffer)[:READ_BYTES]
-        start = time.perf_counter()
-        done = sum(os.preadv(descriptor, [view], offset) for offset in offsets)
-        seconds = time.perf_counter() - start
-        view.release()
-    return done / seconds
+def _fit(times: dict[tuple[int, int], float]) -> tuple[float, float, float]:
+    """Latency and the two bandwidths that explain the times of (reads at once, bytes of each), by least squares of relative errors."""
+    rows = [[1.0, size if count == 1 else 0.0, count * size if count > 1 else 0.0] for count, size in times]
+    seconds = np.array(list(times.values()))
+    solution, *_ = np.linalg.lstsq(np.array(rows) / seconds[:, None], np.ones(len(rows)), rcond=None)
+    if solution[0] < 0:  # a storage so even that the noise is larger than its latency
+        solution[1:], *_ = np.linalg.lstsq(np.array(rows)[:, 1:] / seconds[:, None], np.ones(len(rows)), rcond=None)
+    latency, one, two = (max(float(value), 0.0) for value in solution)
+    return latency, 1 / max(one, 1e-15), 1 / max(two, 1e-15)
+
+
+def _write(path: Path) -> None:
+    piece = random.Random(0).randbytes(1 << 20)
+    with open(path, "xb", buffering=0) as file:
+        for _ in range(STORAGE_BYTES // len(piece)):
+            file.write(piece)
+        os.fsync(file.fileno())
+
+
+def _read_time(readers: ThreadPoolExecutor, descriptor: int, file_bytes: int, size: int, count: int, repeat: int) -> float:
+    """Median seconds until `count` reads of `size` bytes that were asked for at once have ended."""
+    places = random.Random(size)
+    last = max(0, (file_bytes - size) // _ALIGNMENT)
+    buffers = [mmap.mmap(-1, size) for _ in range(count)]  # page-aligned, as O_DIRECT wants it
+    try:
+        seconds = []
+        for _ in range(repeat):
+            offsets = [places.randint(0, last) * _ALIGNMENT for _ in range(count)]
+            start = time.perf_counter()
+            reads = [readers.submit(os.preadv, descriptor, [buffer], offset) for buffer, offset in zip(buffers, offsets, strict=True)]
+            for read in reads:
+                read.result()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+    finally:
+        for buffer in buffers:
+            buffer.close()
