@@ -4,17 +4,17 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <functional>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cache/expert_cache.h"
+#include "cfmoe/simulate.h"
 #include "expect_error.h"
 #include "fake_store.h"
+#include "naive_reference.h"
 #include "trace/trace_recorder.h"
 #include "trace_fixture.h"
 
@@ -156,123 +156,6 @@ class DrivenCache {
   std::vector<uint64_t> groups_;
   std::vector<Checkpoint> checkpoints_;
 };
-
-// One stream of accesses, as the reference takes a trace: whether each is a hit, by a function that is told what is
-// resident, with the least recent first, and where it stands, and names the victim; -1 leaves the expert out.
-class NaiveReference {
- public:
-  struct State {
-    const std::vector<int32_t>& stream;
-    size_t now, end;  // of the part of the stream that the cache lives through
-    const std::vector<int32_t>& residents;
-    const std::map<int32_t, int>& uses;  // since it became resident last
-    size_t next(int32_t id, size_t behind) const {
-      const auto begin = stream.begin() + static_cast<ptrdiff_t>(behind) + 1,
-                 last = stream.begin() + static_cast<ptrdiff_t>(end);
-      const auto found = std::find(begin, last, id);
-      return found == last ? stream.size() : static_cast<size_t>(found - stream.begin());
-    }
-  };
-  using Victim = std::function<int32_t(const State&)>;
-
-  NaiveReference(const Trace& trace, bool warm) : trace_(trace) {
-    const size_t layers = kManyLayers, width = layers * kTopK;
-    for (size_t i = 0; i < trace.ids.size(); ++i)
-      stream_.push_back(static_cast<int32_t>(i % width / kTopK) * kManyExperts + trace.ids[i]);
-    size_t token = 0;
-    for (const TraceSegment& segment : trace.segments) {
-      if (segment.begins_sample && (token == 0 || !warm)) begins_.push_back(token * width);
-      token += segment.tokens;
-    }
-    begins_.push_back(stream_.size());
-  }
-
-  Simulation run(size_t slots, const Victim& victim) const {
-    std::vector<bool> hits(stream_.size());
-    for (size_t part = 0; part + 1 < begins_.size(); ++part) {
-      std::vector<int32_t> residents;
-      std::map<int32_t, int> uses;
-      for (size_t now = begins_[part]; now < begins_[part + 1]; ++now) {
-        const int32_t id = stream_[now];
-        const auto place = std::find(residents.begin(), residents.end(), id);
-        hits[now] = place != residents.end();
-        if (hits[now]) {
-          residents.erase(place);
-        } else {
-          if (slots == 0) continue;
-          if (residents.size() == slots) {
-            const int32_t out = victim(State{stream_, now, begins_[part + 1], residents, uses});
-            if (out < 0) continue;
-            residents.erase(std::find(residents.begin(), residents.end(), out));
-          }
-          uses[id] = 0;
-        }
-        ++uses[id];
-        residents.push_back(id);
-      }
-    }
-    return count(hits);
-  }
-
-  // Distinct experts of each part.
-  uint64_t compulsory() const {
-    uint64_t distinct = 0;
-    for (size_t part = 0; part + 1 < begins_.size(); ++part)
-      distinct += std::set<int32_t>(stream_.begin() + static_cast<ptrdiff_t>(begins_[part]),
-                                    stream_.begin() + static_cast<ptrdiff_t>(begins_[part + 1]))
-                      .size();
-    return distinct;
-  }
-
- private:
-  Simulation count(const std::vector<bool>& hits) const {
-    Simulation result;
-    result.decode_groups_by_misses.assign(kTopK + 1, 0);
-    size_t access = 0;
-    for (const TraceSegment& segment : trace_.segments) {
-      AccessCounts& counts = segment.phase == Phase::kPrefill ? result.prefill : result.decode;
-      for (size_t group = 0; group < size_t{segment.tokens} * kManyLayers; ++group) {
-        size_t misses = 0;
-        for (int32_t k = 0; k < kTopK; ++k) misses += hits[access++] ? 0 : 1;
-        counts.misses += misses;
-        counts.hits += kTopK - misses;
-        if (segment.phase == Phase::kDecode) ++result.decode_groups_by_misses[misses];
-      }
-    }
-    return result;
-  }
-
-  const Trace& trace_;
-  std::vector<int32_t> stream_;
-  std::vector<size_t> begins_;
-};
-
-int32_t naive_lru(const NaiveReference::State& state) { return state.residents.front(); }
-
-int32_t naive_belady(const NaiveReference::State& state) {
-  return *std::max_element(state.residents.begin(), state.residents.end(),
-                           [&](int32_t a, int32_t b) { return state.next(a, state.now) < state.next(b, state.now); });
-}
-
-int32_t naive_belady_bypass(const NaiveReference::State& state) {
-  const int32_t furthest = naive_belady(state);
-  return state.next(furthest, state.now) > state.next(state.stream[state.now], state.now) ? furthest : -1;
-}
-
-NaiveReference::Victim naive_lopt(size_t lookahead) {
-  return [lookahead](const NaiveReference::State& state) {
-    for (const int32_t id : state.residents) {
-      const size_t next = state.next(id, state.now);
-      if (next == state.stream.size() || next > state.now + lookahead) return id;
-    }
-    return naive_belady(state);
-  };
-}
-
-int32_t naive_lfu(const NaiveReference::State& state) {
-  return *std::min_element(state.residents.begin(), state.residents.end(),
-                           [&](int32_t a, int32_t b) { return state.uses.at(a) < state.uses.at(b); });
-}
 
 SimulatorOptions reference(bool warm = false) { return {true, warm, 0}; }
 
@@ -445,10 +328,13 @@ TEST_CASE("simulator: what it refuses") {
   expect_error([&] { engine.run("lru", 1, 0); },
                {"cache of 1 experts", "the 2 that one token needs", "use at least 2", "--semantics reference"});
   expect_error([&] { as_reference.run("lru", -1, 0); }, {"cache of -1 experts"});
-  for (const auto& [layers, experts] : {std::pair{1024, 65535}, std::pair{17, 65535}}) {
-    const Trace large = random_trace({layers, experts, 1, false}, conversation({{1, 0}}), 1);
-    expect_error([&] { Simulator(large, {}); }, {std::to_string(layers) + " layers of 65535 experts", "1048576"});
-  }
+  Trace large;
+  large.layers = 17;  // 1,114,095 experts
+  large.experts = 65535;
+  large.top_k = 1;
+  large.segments = conversation({{1, 0}});
+  large.ids.resize(17);
+  expect_error([&] { Simulator(large, {}); }, {"17 layers of 65535 experts", "more than the 1048576"});
   Trace without = trace;
   without.scores.clear();
   for (const char* policy : {"gate", "learned"}) {
@@ -459,4 +345,42 @@ TEST_CASE("simulator: what it refuses") {
       simulator.run("lrfu", 5, 0);
     }
   }
+}
+
+TEST_CASE("simulator: the C API") {
+  const std::vector<uint8_t> bytes = format_trace(two_samples(4));
+  char error[200] = "";
+  cfmoe_simulator* simulator = nullptr;
+  CHECK(cfmoe_simulator_create(nullptr, 0, "a", nullptr, &simulator, error, sizeof error) != CFMOE_OK);
+  CHECK(cfmoe_simulator_create(bytes.data(), 100, "a.trace", nullptr, &simulator, error, sizeof error) == CFMOE_USER);
+  CHECK(std::string(error) == "a.trace: has 100 bytes, too few for a trace; record the trace again");
+  cfmoe_simulator_options options{4, 0, 0, 0};
+  CHECK(cfmoe_simulator_create(bytes.data(), bytes.size(), "a", &options, &simulator, error, 10) != CFMOE_OK);
+  CHECK(std::string(error).size() == 9);
+  CHECK(simulator == nullptr);
+
+  options = {sizeof options, 1, 0, 0};
+  REQUIRE(cfmoe_simulator_create(bytes.data(), bytes.size(), "a", &options, &simulator, error, sizeof error) ==
+          CFMOE_OK);
+  const Simulation expected = Simulator(two_samples(4), reference()).run("lru", 7, 0);
+  cfmoe_simulation result;
+  uint64_t groups[kTopK + 1];
+  REQUIRE(cfmoe_simulator_run(simulator, "lru", 7, 0, &result, groups, error, sizeof error) == CFMOE_OK);
+  CHECK(result.prefill_hits == expected.prefill.hits);
+  CHECK(result.prefill_misses == expected.prefill.misses);
+  CHECK(result.decode_hits == expected.decode.hits);
+  CHECK(result.decode_misses == expected.decode.misses);
+  CHECK(result.hand_over_loads == 0);
+  CHECK(std::equal(groups, groups + kTopK + 1, expected.decode_groups_by_misses.begin()));
+  // Sizes that no integer of the inner side holds are all experts.
+  CHECK(cfmoe_simulator_run(simulator, "lru", ~uint64_t{0}, 0, &result, nullptr, error, sizeof error) == CFMOE_OK);
+  CHECK(result.prefill_misses + result.decode_misses == NaiveReference(two_samples(4), false).compulsory());
+  CHECK(cfmoe_simulator_run(simulator, "none", 7, 0, &result, nullptr, error, sizeof error) == CFMOE_USER);
+  CHECK(std::string(error).find("\"none\" is unknown") != std::string::npos);
+  CHECK(cfmoe_simulator_run(simulator, nullptr, 7, 0, &result, nullptr, error, sizeof error) != CFMOE_OK);
+  cfmoe_simulator_destroy(simulator);
+  cfmoe_simulator_destroy(nullptr);
+  CHECK(std::string(cfmoe_engine_policies()) == "lru,lfu,lfu-history,lfu-layer,lrfu,s3fifo,gate,learned");
+  CHECK(std::string(cfmoe_simulator_policies()) == std::string(cfmoe_engine_policies()) + ",opt,opt-bypass,lopt");
+  CHECK(std::string(cfmoe_default_policy()) == kDefaultPolicy);
 }

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cfmoe.errors import CFMoEError
 from cfmoe.runtime import Engine, Metrics, Sampling
 from cfmoe.runtime.engine import Event
 from cfmoe.runtime.simulator import Counts, Semantics, Simulation, Simulator
@@ -128,3 +130,61 @@ def test_events_are_the_accesses_of_the_trace(artifact: Path, tmp_path: Path) ->
     assert decoded == expected
     with Simulator(run.trace, semantics=Semantics.reference) as reference:
         assert reference.run("lru", run.trace.slots).decode.accesses == len(decoded)
+
+
+def test_with_other_calls_and_a_second_sample(artifact: Path, tmp_path: Path) -> None:
+    """Prompts in several calls, decode of given tokens, and a reset, which begins a sample with a cold cache."""
+    tokens = [(53 * i + 5) % 8000 + 10 for i in range(900)]
+    counted = {"prefill": Counts(0, 0), "decode": Counts(0, 0)}
+    with (
+        Engine(artifact, memory_budget="20%", policy="learned", record_trace=True) as engine,
+        engine.session() as session,
+    ):
+        for sample in range(2):
+            session.reset()
+            session.feed(tokens[:256], logits=False)
+            session.feed(tokens[256:300], logits=False)
+            session.feed(tokens[300:340], logits=False)
+            session.feed(tokens[340:352], decode=True, logits=False)
+            session.feed(tokens[400 + sample : 430], logits=False)
+            session.generate(tokens[500:503], 9, stop_tokens=[])
+            for name, counts in counted.items():
+                phase = getattr(session.metrics, name)
+                counted[name] = counts + Counts(phase.hits, phase.misses)
+        session.write_trace(tmp_path / "run.trace")
+        slots = engine.memory.expert_slots
+    trace = Trace.read(tmp_path / "run.trace")
+    # Chunks of 256: the second call goes on where the first ended with a whole chunk, the third begins a chunk of its own.
+    expected = [(300, False), (40, True), (12, False), (30, False), (3, True), (8, False)]
+    assert [(s.tokens, s.hand_over) for s in trace.segments[:6]] == expected
+    assert [s.begins_sample for s in trace.segments] == [number % 6 == 0 for number in range(12)]
+    with Simulator(trace) as simulator, Simulator(trace, warm=True) as warm:
+        run = simulator.run("learned", slots)
+        assert (run.prefill, run.decode) == (counted["prefill"], counted["decode"])
+        assert warm.run("learned", slots) != run
+
+
+def test_what_is_recorded(demo_artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.trace"
+    with Engine(demo_artifact) as engine, engine.session() as session:
+        session.generate([10, 11, 12], 2)
+        with pytest.raises(CFMoEError, match="the engine records no trace: open it with record_trace"):
+            session.write_trace(out)
+    with Engine(demo_artifact, policy="lru", record_trace=True, record_scores=True) as engine, engine.session() as session:
+        with pytest.raises(CFMoEError, match="no token has been run; generate first"):
+            session.write_trace(out)
+        assert not out.exists()
+        session.generate([10, 11, 12], 2)
+        session.write_trace(out)
+        trace = Trace.read(out)
+        with pytest.raises(CFMoEError, match=r"cannot write .*: No such file or directory"):
+            session.write_trace(tmp_path / "none" / "run.trace")
+    assert list(tmp_path.iterdir()) == [out]
+    assert (trace.tokens, trace.layers, trace.experts, trace.top_k) == (4, 6, 32, 4)
+    # Those of the chosen are the largest, best first.
+    assert trace.scores is not None
+    chosen = trace.scores[np.arange(4)[:, None, None], np.arange(6)[:, None], trace.ids].astype(int)
+    assert (np.diff(chosen, axis=-1) <= 0).all()
+    assert (chosen[..., -1] == np.sort(trace.scores, axis=-1)[..., -trace.top_k]).all()
+    # Probabilities of all experts add up to one, but for the rounding of each.
+    np.testing.assert_allclose(trace.scores.sum(axis=-1, dtype=np.int64), 65535, atol=trace.experts / 2)
