@@ -58,6 +58,9 @@ class Run:
     threshold: float | None = None
     rank_budget: int | None = None
     seed: int = 0
+    text: str = "corpus"  # corpus, own (written by the base model), or both in turn
+    ramp: float = 0.1
+    release: float = 0.0
     settings: dict[str, float] = field(default_factory=dict)  # of the loss
 
 
@@ -157,6 +160,24 @@ def question_rows(path: Path, model: Path, length: int) -> Rows:
             wanted.append([False] * len(prompt) + [True] * len(answer) + [False] * rest)
             real.append([True] * (length - rest) + [False] * rest)
     return Rows(torch.tensor(tokens, dtype=torch.int32), torch.tensor(wanted), torch.tensor(real))
+
+
+@torch.no_grad()
+def own_text(base: Any, openings: Tensor, length: int, batch: int, seconds: float) -> np.ndarray:
+    """Rows that the base model writes after `openings` (rows, tokens), drawn at temperature 1: text that nobody knows by heart.
+
+    Ends early, after a whole batch, when `seconds` are over.
+    """
+    start, written = time.monotonic(), []
+    for first in range(0, len(openings), batch):
+        part = openings[first : first + batch].to(base.device, torch.int64)
+        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": 0}
+        rest = length - part.shape[1]
+        out = base.generate(part, attention_mask=torch.ones_like(part), min_new_tokens=rest, max_new_tokens=rest, use_cache=True, **options)
+        written.append(out.cpu().numpy().astype(np.uint16))
+        if time.monotonic() - start > seconds:
+            break
+    return np.concatenate(written)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------------
@@ -269,7 +290,7 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
     optimiser = torch.optim.AdamW(trained, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=bf16)
     loss_of = Locality(run.kind, layers[0].top_k, **run.settings) if run.kind != "none" else None
     control = QualityBudget(run.budget) if run.budget else None
-    data = bench.train_rows
+    data = bench.text(run.text)
     order = torch.Generator().manual_seed(run.seed)
     batch = run.batch or bench.batch
     picks = torch.cat([torch.randperm(len(data), generator=order) for _ in range(1 + run.steps * batch // len(data))])
@@ -289,7 +310,7 @@ def train(run: Run, bench: Bench) -> dict[str, Any]:
         del teacher, logits
         total, local = quality, quality.new_zeros(())
         if loss_of is not None:
-            weight = weight_at(step, run.steps, control.weight if control else run.weight)
+            weight = weight_at(step, run.steps, control.weight if control else run.weight, run.ramp, run.release)
             local = locality_loss(loss_of, recorder.logits, segment_ids(real, None), recorder.ids)
             total = quality + weight * local
         total.backward()
@@ -347,6 +368,7 @@ class Bench:
             self.trained = [name for name in self.eval_rows if name not in UNTOUCHED]
         if self.device == "cuda":
             self.train_rows = self.train_rows.to(self.device)
+        self.own_rows: Rows | None = None
         self.base = load_model(self.model, torch.device(self.device), "float32").requires_grad_(False)
         kept = self.out / "base.json"
         if not kept.exists():
@@ -356,6 +378,30 @@ class Bench:
         self.base_ecr = pooled(base["eval"], base["trained"])["ecr"]
         if self.device == "cuda":
             self.base = self.base.bfloat16()
+
+    def text(self, kind: str) -> Rows:
+        """The rows to train on."""
+        if kind == "corpus":
+            return self.train_rows
+        if self.own_rows is None:
+            self.own_rows = text_rows([np.load(self.out / "own.npy").ravel()], self.length).to(self.device)
+        if kind == "own":
+            return self.own_rows
+        parts = [(getattr(self.train_rows, name), getattr(self.own_rows, name)) for name in ("tokens", "wanted", "real")]
+        count = min(len(self.train_rows), len(self.own_rows))
+        return Rows(*(torch.cat([one[:count], other[:count]]) for one, other in parts))
+
+    def write_own_text(self, count: int, batch: int, seconds: float) -> None:
+        """Keeps text of the base model, opened with the beginnings of `count` training rows."""
+        if (self.out / "own.npy").exists() or count == 0:
+            return
+        torch.manual_seed(0)
+        picks = torch.randperm(len(self.train_rows))[:count]
+        written = own_text(self.base, self.train_rows.tokens[picks, :16], self.length, batch, seconds)
+        beside = self.out / "own.tmp.npy"
+        np.save(beside, written)
+        os.replace(beside, self.out / "own.npy")
+        self.say(f"the base model wrote {len(written)} rows")
 
     def say(self, line: str) -> None:
         if not self.quiet:
@@ -405,10 +451,12 @@ def run(options: argparse.Namespace) -> None:
     for claim in options.out.glob("*.claim"):  # of a call that was stopped
         claim.unlink()
     options.deadline = time.time() + 60 * options.minutes
+    bench = Bench(options)  # the tokens, the base model's figures and its text, once
+    bench.write_own_text(options.own_rows, options.own_batch, options.own_seconds)
+    del bench
     if options.processes == 1:
         work(options)
         return
-    Bench(options)  # the tokens and the base model's figures, once
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(options.deadline)]
     children = [subprocess.Popen(command) for _ in range(options.processes)]
     codes = [child.wait() for child in children]
@@ -463,6 +511,22 @@ def report(options: argparse.Namespace) -> None:
         print("| " + " | ".join(str(line.get(key, "")) for key in columns) + " |")
 
 
+def best(options: argparse.Namespace) -> None:
+    """Prints the run that promises most at the limit, with its weight scaled to reach it, once for every seed: a file for --runs."""
+    lines = {line["name"]: line for line in table(options.out) if line["kind"] not in ("", "none")}
+
+    def promise(line: dict[str, Any]) -> float:
+        # Along one frontier the saving was seen to grow with about the square root of what perplexity rises.
+        return float(line["saving_trained_percent"] * math.sqrt(options.limit / max(0.1, line["perplexity_trained_percent"])))
+
+    name = max(lines, key=lambda one: promise(lines[one]))
+    run = json.loads((options.out / f"{name}.json").read_text())["run"]
+    scale = min(1.7, max(0.4, 0.9 * options.limit / max(0.05, lines[name]["perplexity_trained_percent"])))
+    wanted = {"weight": round(run["weight"] * scale, 4), "steps": options.steps or run["steps"]}
+    runs = [{**run, **wanted, "name": f"best-{name}-seed{seed}", "seed": int(seed)} for seed in options.seeds.split(",")]
+    print(json.dumps(runs, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -479,6 +543,9 @@ def main() -> None:
     running.add_argument("--steps", type=int, default=300)
     running.add_argument("--batch", type=int, default=32)
     running.add_argument("--length", type=int, default=512)
+    running.add_argument("--own-rows", type=int, default=0, help="rows that the base model writes, for runs with text own or both")
+    running.add_argument("--own-batch", type=int, default=2048, help="rows written side by side")
+    running.add_argument("--own-seconds", type=float, default=60.0, help="no further batch is written after that")
     running.add_argument("--eval-rows", type=int, default=1000, help="at most, per domain")
     running.add_argument("--threshold", type=float, default=0.35, help="of the elastic runs")
     running.add_argument("--rank-budget", type=int, help="of the elastic runs")
@@ -492,9 +559,16 @@ def main() -> None:
     running.add_argument("--worker", dest="deadline", type=float, help=argparse.SUPPRESS)
     reporting = commands.add_parser("report")
     reporting.add_argument("--out", type=Path, required=True)
+    choosing = commands.add_parser("best")
+    choosing.add_argument("--out", type=Path, required=True)
+    choosing.add_argument("--limit", type=float, default=0.5, help="percent that perplexity may rise on the trained domains")
+    choosing.add_argument("--seeds", default="0,1,2")
+    choosing.add_argument("--steps", type=int, help="instead of the run's own")
     options = parser.parse_args()
     if options.command == "report":
         report(options)
+    elif options.command == "best":
+        best(options)
     elif options.deadline is not None:
         work(options)
     else:
