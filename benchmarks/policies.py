@@ -14,6 +14,7 @@ from typing import Any
 
 from cfmoe.measure.machine import cpu, memory
 from cfmoe.measure.speed import spread
+from cfmoe.measure.text import read_text
 from cfmoe.runtime import Engine, Sampling, Tokenizer, engine_policies
 
 # Greedy, small models repeat themselves, and repetition would flatter every cache.
@@ -56,7 +57,7 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--prompt", type=Path, required=True, help="a text file; its first --prompt-tokens tokens are the prompt")
+    parser.add_argument("--prompt", type=Path, required=True, help=".txt, .jsonl or .xz; its first tokens are the prompt")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=384)
     parser.add_argument("--budgets", default="15%,25%,50%,75%")
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    prompt = Tokenizer(options.artifact).encode(options.prompt.read_text("utf-8"))[: options.prompt_tokens]
+    prompt = Tokenizer(options.artifact).encode(read_text(options.prompt, 1 << 16))[: options.prompt_tokens]
     cells = [Cell(policy, budget) for budget, policy in itertools.product(options.budgets.split(","), options.policies.split(","))]
     for _, cell in itertools.product(range(options.rounds), cells):
         cell.run(options.artifact, prompt, options.new_tokens, options.io)

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ def measure() -> None:
     for stale in OUT.glob("*.json"):
         stale.unlink()
     started, load = datetime.datetime.now(datetime.UTC), os.getloadavg()
-    for name in ("expert_gemv", "packing"):
+    for name in ("expert_gemv", "packing", "simulator"):
         say(name)
         subprocess.run([sys.executable, HERE / f"{name}.py", "--out", OUT / f"{name}.json"], check=True)
     for name, checkpoint in MODELS.items():
@@ -63,6 +64,12 @@ def measure() -> None:
                 (OUT / f"score-{name}-{preset}.json").write_bytes(cfmoe("score", artifact(name, preset), *SCORE, "--json"))
         say(f"{name}: bench")
         (OUT / f"speed-{name}.json").write_bytes(cfmoe("bench", artifact(name, "mixed"), *SPEED, "--json"))
+        if not TEXT.exists():
+            continue
+        for script in ("policies", "planner"):
+            say(f"{name}: {script}")
+            command = [sys.executable, HERE / f"{script}.py", artifact(name, "mixed"), "--prompt", TEXT]
+            subprocess.run([*command, "--out", OUT / f"{script}-{name}.json"], check=True, stdout=subprocess.DEVNULL)
     facts = {"started": started.isoformat(timespec="seconds"), "load_average": load, "machine": describe()}
     (OUT / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -102,6 +109,20 @@ def tables() -> Iterator[tuple[str, Row, list[Row]]]:
     yield "The engine", header, [row for name in MODELS for row in speed_rows(name)]
     if rows := [row for name in MODELS for row in score_rows(name)]:
         yield "Perplexity", ("model", *PRESETS), rows
+    header = ("model", "budget", "policy", "decode tok/s", "CHR", "read per token", "waiting")
+    if rows := [row for name in MODELS for row in policy_rows(name)]:
+        yield "Cache policies", header, rows
+    header = ("model", "budget", "measured tok/s", "predicted tok/s", "error", "prefill ms", "first token predicted ms")
+    if rows := [row for name in MODELS for row in planner_rows(name)]:
+        yield "The planner's predictions", header, rows
+    simulator = read("simulator")
+    rows = [(policy, f"{seconds:.1f}") for policy, seconds in simulator["per_policy_seconds"].items()]
+    yield "The simulator", ("policy", "seconds"), [*rows, ("all", f"{simulator['seconds']:.1f}")]
+    plain = [
+        (r["policy"], *(f"{r[key]:,.0f}" for key in ("plain_ns_per_access", "simulator_ns_per_access", "ratio")))
+        for r in simulator["plain"]
+    ]
+    yield "Plain Python against the simulator", ("policy", "plain ns per access", "simulator ns per access", "ratio"), plain
     rates = read("packing")["bf16_mb_per_s"]
     yield "Packing", ("format", "MB/s of bf16"), [(name, interval(rate)) for name, rate in rates.items()]
 
@@ -120,6 +141,29 @@ def speed_rows(name: str) -> Iterator[Row]:
         rates = (interval(r["prefill_tokens_per_s"]), interval(r["decode_tokens_per_s"]))
         read_bytes = format_size(round(r["decode_bytes_per_token"]))
         yield name, r["memory_budget"], r["threads"], format_size(r["budget_bytes"]), *rates, f"{r['chr']:.3f}", read_bytes
+
+
+def policy_rows(name: str) -> Iterator[Row]:
+    if not (OUT / f"policies-{name}.json").exists():
+        return
+    for r in read(f"policies-{name}")["results"]:
+        read_bytes, waiting = format_size(round(r["decode_bytes_per_token"])), f"{r['stall_share']['median']:.0%}"
+        yield name, r["memory_budget"], r["policy"], interval(r["decode_tokens_per_s"]), f"{r['chr']:.3f}", read_bytes, waiting
+
+
+def planner_rows(name: str) -> Iterator[Row]:
+    """Medians over rounds, then the median error of all."""
+    if not (OUT / f"planner-{name}.json").exists():
+        return
+    result = read(f"planner-{name}")
+    for budget in dict.fromkeys(row["memory_budget"] for row in result["rows"]):
+        own = [row for row in result["rows"] if row["memory_budget"] == budget]
+        measured, predicted, error, prefill, first = (
+            statistics.median(row[key] for row in own)
+            for key in ("measured_tokens_per_s", "predicted_tokens_per_s", "error", "measured_prefill_s", "predicted_first_token_s")
+        )
+        yield name, budget, f"{measured:,.0f}", f"{predicted:,.0f}", f"{error:+.1%}", f"{prefill * 1e3:.0f}", f"{first * 1e3:.0f}"
+    yield name, "all", "", "", f"median of absolute errors {result['median_absolute_error']:.1%}", "", ""
 
 
 def score_rows(name: str) -> Iterator[Row]:

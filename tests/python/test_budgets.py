@@ -67,10 +67,9 @@ def test_parts_add_up_to_at_most_the_budget(budget: str, artifact: Path) -> None
 
 RESIDENT = """
 import sys
-from cfmoe.runtime import Engine
-from cfmoe.runtime._capi import library
+from cfmoe.runtime import Engine, load_library
 from cfmoe.runtime.memory import PeakGrowth
-library()
+load_library()
 artifact, budget, io = sys.argv[1:]
 with PeakGrowth() as peak, Engine(artifact, memory_budget=budget, io=io) as engine, engine.session() as session:
     session.generate([(31 * i + 7) % 8000 + 10 for i in range(700)], 48, stop_tokens=[])

@@ -87,8 +87,7 @@ def run(
     from dataclasses import asdict
 
     from cfmoe.artifact import Artifact
-    from cfmoe.runtime import Engine, Sampling, Tokenizer
-    from cfmoe.runtime._capi import library
+    from cfmoe.runtime import Engine, Sampling, Tokenizer, load_library
     from cfmoe.runtime.memory import PeakGrowth
     from cfmoe.trace.trace import check_writable
 
@@ -119,7 +118,7 @@ def run(
             _write(pieces[-1])
 
     # Growth of memory is this artifact's alone, so what every run needs is loaded before.
-    library()
+    load_library()
     with (
         PeakGrowth() as peak,
         Engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cfmoe.runtime._capi import library as load_library
 from cfmoe.runtime.engine import Engine, Event, Generation, Memory, Metrics, ModelInfo, PhaseMetrics, Sampling, Session
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 from cfmoe.runtime.simulator import Counts, Semantics, Simulation, Simulator, default_policy, engine_policies, simulator_policies
@@ -29,6 +30,7 @@ __all__ = [
     "default_policy",
     "engine_policies",
     "format_size",
+    "load_library",
     "parse_size",
     "simulator_policies",
 ]
