@@ -20,6 +20,7 @@ from cfmoe.tune.data import (  # noqa: E402
     encode_documents,
     encode_examples,
     end_token,
+    fitting,
     pack,
     read_documents,
     split,
@@ -42,10 +43,11 @@ def test_only_the_answer_is_predicted(demo_model: Path) -> None:
 def test_what_does_not_fit_is_cut_or_left_out(demo_model: Path) -> None:
     tokenizer = load_tokenizer(demo_model)
     short, long = Example("Why?", "because " * 40, "q"), Example("why " * 40, "so", "q")
-    (one,) = encode_examples([short, long], tokenizer, 0, 16)
+    assert fitting([short, long], tokenizer, 16) == [short]
+    (one,) = encode_examples([short], tokenizer, 0, 16)
     assert len(one.ids) == 16 and one.ids[-1] != 0
     with pytest.raises(CFMoEError, match="--max-length 16 leaves no room"):
-        encode_examples([long], tokenizer, 0, 16)
+        fitting([long], tokenizer, 16)
 
 
 def test_documents_are_cut_into_pieces(demo_model: Path) -> None:

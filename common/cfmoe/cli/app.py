@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from cfmoe.cli import bench, compile, demo, doctor, inspect, plan, profile, run, score, simulate, tune
+from cfmoe.cli import bench, compile, demo, doctor, evaluate, inspect, plan, profile, run, score, simulate, tune
 from cfmoe.errors import CFMoEError, RuntimeFault
 
 EXIT_FAULT = 1
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("profile")(profile.profile)
 app.command("tune")(tune.tune)
+app.command("evaluate")(evaluate.evaluate)
 app.command("simulate")(simulate.simulate)
 app.command("plan")(plan.plan)
 app.command("compile")(compile.compile_command)

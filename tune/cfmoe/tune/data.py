@@ -74,22 +74,25 @@ def split(items: Sequence[Item], share: float, seed: int, domain: Callable[[Item
     return [one for i, one in enumerate(items) if i not in held], [one for i, one in enumerate(items) if i in held]
 
 
+def fitting(examples: Sequence[Example], tokenizer: tokenizers.Tokenizer, max_length: int) -> list[Example]:
+    """The examples whose prompt leaves room for at least a token of an answer. Raises CFMoEError where none does."""
+    prompts = tokenizer.encode_batch([one.prompt for one in examples], add_special_tokens=False)
+    result = [one for one, prompt in zip(examples, prompts, strict=True) if len(prompt.ids) < max_length]
+    if not result:
+        raise CFMoEError(f"--max-length {max_length} leaves no room for an answer behind any prompt; use a higher one")
+    return result
+
+
 def encode_examples(
     examples: Sequence[Example], tokenizer: tokenizers.Tokenizer, end: int | None, max_length: int, domain: str = ""
 ) -> list[Tokens]:
-    """Prompt and answer of every example, answers ended by `end`; only the answer is to be predicted.
-
-    An answer that does not fit is cut; an example whose prompt leaves no room for it is left out.
-    """
+    """Prompt and answer of every example, answers ended by `end`; only the answer is to be predicted. What does not fit is cut."""
     prompts = tokenizer.encode_batch([one.prompt for one in examples], add_special_tokens=False)
     answers = tokenizer.encode_batch([" " + one.answer for one in examples], add_special_tokens=False)
     result = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = [*prompt.ids, *answer.ids, *([] if end is None else [end])]
-        if len(prompt.ids) < max_length:
-            result.append(Tokens(ids[:max_length], max(1, len(prompt.ids)), domain))
-    if not result:
-        raise CFMoEError(f"--max-length {max_length} leaves no room for an answer behind any prompt; use a higher one")
+        result.append(Tokens(ids[:max_length], max(1, len(prompt.ids)), domain))
     return result
 
 

@@ -1,7 +1,7 @@
 """From a checkpoint and data to an adapter and a merged checkpoint: what `cfmoe tune` does.
 
 The output directory: adapter/ (what was trained), merged/ (a checkpoint directory like the one that was given, for `cfmoe compile`),
-tune.json (options and measurements), log/ (TensorBoard) and checkpoints/ (for --resume).
+recipe.json (options), tune.json (measurements), log/ (TensorBoard) and checkpoints/ (for --resume).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import transformers
 
 from cfmoe.errors import CFMoEError, os_error
 from cfmoe.tune.checkpoint import DTYPES, load_model, load_tokenizer, pick_device
-from cfmoe.tune.data import Row, collate, encode_documents, encode_examples, end_token, pack, read_documents, split
+from cfmoe.tune.data import Row, collate, encode_documents, encode_examples, end_token, fitting, pack, read_documents, split
 from cfmoe.tune.elastic import (
     ADAPTERS,
     LoraSettings,
@@ -32,12 +32,14 @@ from cfmoe.tune.elastic import (
     trainable_parameters,
 )
 from cfmoe.tune.locality import KINDS, Locality, has_predecessor
+from cfmoe.tune.output import check_replaceable
 from cfmoe.tune.routers import MoELayer, RouterRecorder, find_moe_layers
 from cfmoe.tune.tasks import examples, pick_task
 from cfmoe.tune.trainer import LocalityTrainer, Objective, shared_experts
 
 ProgressCallback = Callable[[str, int, int], None]
 
+_RECIPE = "recipe.json"
 _PROFILED_ROWS = 32  # of the training data, for the ECR that elastic fine-tuning goes by
 
 
@@ -117,7 +119,7 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         raise CFMoEError("; ".join(problems))
     first = int(os.environ.get("RANK", "0")) == 0
     if first:
-        _prepare_output(recipe.out, force, resume)
+        _prepare_output(recipe, force, resume)
     transformers.set_seed(recipe.seed)  # adapters start at random
     device = pick_device(recipe.device)
     arguments = training_arguments(recipe, device)  # starts the process group, which decides each process's device
@@ -146,7 +148,7 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
     after = trainer.evaluate()
     trained, everything = trainable_parameters(model)
     summary = {
-        "recipe": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(recipe).items()},
+        "recipe": _options(recipe),
         "rows": {"train": len(train), "held_out": len(held)},
         "trained_parameters": trained,
         "model_parameters": everything,
@@ -167,19 +169,32 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
 # --- the parts --------------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_output(out: Path, force: bool, resume: bool) -> None:
+def _prepare_output(recipe: Recipe, force: bool, resume: bool) -> None:
+    """Makes the output directory with recipe.json in it; for `resume` checks that it was made for the same recipe."""
+    out, options = recipe.out, _options(recipe)
     try:
-        if resume:
-            if not any((out / "checkpoints").glob("checkpoint-*")):
-                raise CFMoEError(f"{out} has no checkpoints to resume from; leave out --resume")
+        if not resume:
+            check_replaceable(out, force, _RECIPE)
+            if out.exists():
+                shutil.rmtree(out)
+            out.mkdir(parents=True)
+            (out / _RECIPE).write_text(json.dumps(options, indent=2) + "\n")
             return
-        if out.exists() and not force:
-            raise CFMoEError(f"{out} exists already; choose another --out, or replace it with --force, or go on with --resume")
-        if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
+        if not any((out / "checkpoints").glob("checkpoint-*")):
+            raise CFMoEError(f"{out} has no checkpoints to resume from; leave out --resume")
+        before = json.loads((out / _RECIPE).read_text())
     except OSError as error:
         raise os_error(error, out, "write") from error
+    except ValueError as error:
+        raise CFMoEError(f"{out / _RECIPE} is no JSON: {error}; start anew without --resume") from error
+    if other := [name for name, value in options.items() if name != "out" and before.get(name) != value]:
+        name = other[0]
+        raise CFMoEError(f"--resume goes on with the same options, and {name} was {before.get(name)}, not {options[name]}; give the same")
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(recipe).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def training_arguments(recipe: Recipe, device: torch.device) -> transformers.TrainingArguments:
@@ -246,7 +261,8 @@ def prepare_data(recipe: Recipe, model: Any) -> tuple[list[Row], list[Row], int]
             sequences = (first, second)
     else:
         task = pick_task(recipe.task)
-        found = split(examples(task, recipe.data, recipe.limit, "train"), recipe.held_out, recipe.seed)
+        fit = fitting(examples(task, recipe.data, recipe.limit, "train"), tokenizer, recipe.max_length)
+        found = split(fit, recipe.held_out, recipe.seed)
         first, second = (encode_examples(part, tokenizer, end, recipe.max_length) if part else [] for part in found)
         sequences = (first, second)
     train, held = (pack(part, recipe.max_length, recipe.seed) for part in sequences)
