@@ -261,6 +261,11 @@ def test_a_file_that_is_no_earlier_output_is_kept(demo_model: Path, tmp_path: Pa
     assert (tmp_path / "mine").exists()
 
 
+def test_data_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(CFMoEError, match=r"cannot read nowhere.txt: no such file or directory"):
+        run(tmp_path, None, None, Path("nowhere.txt"), out=tmp_path / "out", device="cpu")
+
+
 def test_two_processes_measure_the_same(demo_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "boolq.json"
     data.write_text(json.dumps([{"question": example.label, "answer": str(example.gold).lower()} for example in QUESTIONS]))

@@ -107,6 +107,10 @@ def tune(
 
     Start it with torchrun or accelerate launch (-m cfmoe.cli tune …) for several processes.
     """
+    if task is None and data is None:
+        raise CFMoEError("neither --task nor --data says what to train on; give one")
+    budget = None if quality_budget is None else parse_share(quality_budget, "--quality-budget")
+    weights = None if layer_weights is None else _numbers(layer_weights)
     try:
         from cfmoe.tune.recipe import Recipe
         from cfmoe.tune.recipe import tune as follow
@@ -131,8 +135,8 @@ def tune(
         locality_weight=locality_weight,
         ramp=ramp,
         release=release,
-        quality_budget=None if quality_budget is None else parse_share(quality_budget, "--quality-budget"),
-        layer_weights=None if layer_weights is None else _numbers(layer_weights),
+        quality_budget=budget,
+        layer_weights=weights,
         temperature=temperature,
         window_decay=window_decay,
         cache_capacity=cache_capacity,

@@ -42,6 +42,8 @@ def run(
     process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if process == 0:
         check_replaceable(out, force, MARK)
+    documents = read_documents(data, limit) if task is None and data is not None else []
+    every = [] if task is None else examples(pick_task(task), data, limit)
     place = pick_device(device)
     gather = None
     if processes > 1:
@@ -64,10 +66,9 @@ def run(
         raise CFMoEError(f"--max-length {max_length} is longer than the model's context of {context} tokens; use at most {context}")
     chosen: list[Example] | None = None
     if task is None:
-        assert data is not None
-        sequences = encode_documents(read_documents(data, limit), tokenizer, end, max_length)
+        sequences = encode_documents(documents, tokenizer, end, max_length)
     else:
-        chosen = fitting(examples(pick_task(task), data, limit), tokenizer, max_length)
+        chosen = fitting(every, tokenizer, max_length)
         sequences = encode_examples(chosen, tokenizer, end, max_length)
         new_tokens = pick_task(task).new_tokens if new_tokens is None else new_tokens
     found: dict[str, Evaluation] = {}
