@@ -76,8 +76,15 @@ def tune(
         float, typer.Option("--cache-capacity", min=0.01, max=1.0, help="Of cache: its share of all experts.")
     ] = 0.35,
     distill: Annotated[
-        float, typer.Option("--distill", min=0.0, max=1.0, help="Share of the divergence from the base model in the quality term.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--distill",
+            min=0.0,
+            max=1.0,
+            help="Share of the divergence from the base model in the quality term, the rest being the data's cross-entropy. "
+            "[default: 1 for a text, 0 for a task]",
+        ),
+    ] = None,
     aux_loss_alpha: Annotated[float, typer.Option("--aux-loss-alpha", min=0.0, help="Weight of the load-balance loss.")] = 0.0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the optimiser. [default: --epochs over the data]")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Passes over the data.")] = 1.0,

@@ -72,7 +72,7 @@ class Recipe:
     temperature: float = 0.25
     window_decay: float = 0.9
     cache_capacity: float = 0.35
-    distill: float = 0.0
+    distill: float | None = None
     aux_loss_alpha: float = 0.0
     # how
     steps: int | None = None
@@ -87,6 +87,13 @@ class Recipe:
     early_stopping: int | None = None
     seed: int = 0
     device: str = "auto"
+
+    @property
+    def distill_share(self) -> float:
+        """By default 1 for a text, whose words need not be learnt, and 0 for a task, whose answers shall be."""
+        if self.distill is not None:
+            return self.distill
+        return 1.0 if self.task is None and self.locality != "none" else 0.0
 
     def problems(self) -> list[str]:
         """Every reason why this recipe cannot be followed, or would ignore something that it says."""
@@ -314,7 +321,7 @@ def _objective(recipe: Recipe, layers: Sequence[MoELayer]) -> Objective:
         ramp=recipe.ramp,
         release=recipe.release,
         budget=recipe.quality_budget,
-        distill=recipe.distill,
+        distill=recipe.distill_share,
         aux_alpha=recipe.aux_loss_alpha,
         layer_weights=recipe.layer_weights,
     )
