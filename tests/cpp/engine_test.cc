@@ -3,6 +3,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <atomic>
+#include <functional>
 #include <map>
 #include <string>
 #include <thread>
@@ -192,6 +195,73 @@ TEST_CASE("cancelling ends the call and leaves the session usable") {
   CHECK(session.position() == 8);
   session.reset();
   CHECK(generate(session, prompt(5), 10).size() == 10);
+}
+
+TEST_CASE("budgets changed between tokens and turns, and trims from another thread, change no token") {
+  const ToyArtifact artifact;
+  std::vector<int32_t> expected;
+  {
+    Engine engine(artifact.path(), options(100));
+    Session session(engine);
+    expected = generate(session, prompt(40), 30);
+  }
+  for (const char* io : {"buffered", "mmap"}) {
+    Engine engine(artifact.path(), options(100, io));
+    Session session(engine);
+    const EngineMemory first = engine.memory();
+    CHECK(first.smallest_budget == first.fixed.sum() + 2 * test::kStride);
+    CHECK(first.largest_budget == first.budget.budget_bytes);
+    std::atomic<bool> done{false};
+    std::thread presser([&] {
+      for (uint64_t i = 0; !done; ++i) {
+        engine.trim(i % 3 == 0 ? 0 : first.largest_budget - i % 5 * test::kStride);
+        CHECK(engine.memory().budget.budget_bytes >= first.smallest_budget);
+        std::this_thread::yield();
+      }
+    });
+    std::vector<int32_t> tokens;
+    std::vector<uint8_t> residents(6);
+    const auto take = [&](int32_t token) {
+      tokens.push_back(token);
+      engine.set_budget(first.smallest_budget + tokens.size() % 5 * test::kStride, 0);
+      engine.residents(residents);
+      CHECK(std::count(residents.begin(), residents.end(), 1) >= 2);
+      return true;
+    };
+    session.generate(prompt(40), 30, {}, {}, take);
+    CHECK(tokens == expected);
+    session.reset();
+    tokens.clear();
+    session.generate(prompt(40), 30, {}, {}, take);
+    CHECK(tokens == expected);
+    done = true;
+    presser.join();
+    engine.set_budget(0, 50);
+    CHECK(engine.memory().budget.slots == 3);
+  }
+}
+
+TEST_CASE("an engine is at work in one call only") {
+  const ToyArtifact artifact;
+  Engine engine(artifact.path(), options(100));
+  Session session(engine);
+  const auto busy = [](const std::function<void()>& call) { test::expect_error(call, {"at work in another call"}); };
+  int called = 0;
+  session.generate(prompt(5), 2, {}, {}, [&](int32_t) {
+    busy([&] { session.reset(); });
+    busy([&] { generate(session, prompt(1), 1); });
+    std::thread([&] { busy([&] { engine.set_budget(0, 50); }); }).join();
+    engine.set_budget(0, 50);
+    return ++called > 0;
+  });
+  CHECK(called == 2);
+  test::expect_error([&] { engine.set_budget(1000, 0); }, {"smallest that works"});
+  CHECK(engine.memory().budget.slots == 3);
+  engine.trim(0);
+  CHECK(engine.memory().budget.slots == 2);
+  CHECK(engine.memory().pool_bytes == 2 * test::kStride);
+  engine.trim(engine.memory().largest_budget);
+  CHECK(engine.memory().budget.slots == 2);
 }
 
 TEST_CASE("what is wrong with kernels and plans is told") {

@@ -15,7 +15,17 @@ PROMPT = "The Python language"
 PREFILL_KEYS = {"tokens_per_s", "hits", "misses", "prefetched", "bytes_read", "stall_ms"}
 DECODE_KEYS = PREFILL_KEYS | {"chr", "first_32_chr"}
 MEMORY_KEYS = {
-    *("budget_bytes", "weights_bytes", "kv_bytes", "workspace_bytes", "pool_bytes", "arena_bytes", "mapped_bytes"),
+    *(
+        "budget_bytes",
+        "smallest_budget_bytes",
+        "largest_budget_bytes",
+        "weights_bytes",
+        "kv_bytes",
+        "workspace_bytes",
+        "pool_bytes",
+        "arena_bytes",
+        "mapped_bytes",
+    ),
     *("expert_slots", "expert_total", "peak_rss_growth_bytes"),
 }
 

@@ -1,8 +1,9 @@
 /* The C API of the CFMoE runtime. Keep this header narrow: two opaque handles, plain structs, token ids in and out.
  *
  * Every fallible call returns a cfmoe_status and, unless CFMOE_OK, writes one NUL-terminated line into `error` (cut to
- * `error_size`). No exception crosses this boundary. An engine and its sessions belong to one thread at a time;
- * cfmoe_session_cancel may be called from any.
+ * `error_size`). No exception crosses this boundary. An engine and its sessions belong to one thread at a time; a token
+ * callback may read metrics, memory and residents and change the budget. cfmoe_session_cancel, cfmoe_engine_trim and
+ * cfmoe_engine_memory may be called from any thread.
  */
 #ifndef CFMOE_CFMOE_H_
 #define CFMOE_CFMOE_H_
@@ -20,7 +21,7 @@
 extern "C" {
 #endif
 
-#define CFMOE_ABI_VERSION 2
+#define CFMOE_ABI_VERSION 3
 
 typedef enum cfmoe_status {
   CFMOE_OK = 0,
@@ -48,6 +49,8 @@ typedef struct cfmoe_engine_options {
 
 typedef struct cfmoe_memory {
   uint64_t budget_bytes;
+  uint64_t smallest_budget_bytes; /* that works */
+  uint64_t largest_budget_bytes;  /* that is of use: all experts */
   uint64_t weights_bytes;
   uint64_t kv_bytes;
   uint64_t workspace_bytes;
@@ -112,9 +115,20 @@ CFMOE_API cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engin
 CFMOE_API void cfmoe_engine_close(cfmoe_engine* engine); /* after its sessions; NULL is allowed */
 CFMOE_API void cfmoe_engine_model(const cfmoe_engine* engine, cfmoe_model_info* out);
 CFMOE_API void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out);
+/* Changes the budget, between calls or in a token callback; the arguments mean what they mean in cfmoe_engine_options.
+ * Refuses what is too small, naming the smallest that works. No token depends on it. */
+CFMOE_API cfmoe_status cfmoe_engine_set_budget(cfmoe_engine* engine, uint64_t budget_bytes, double expert_percent,
+                                               char* error, size_t error_size);
+/* For low memory: shrinks the budget to `budget_bytes`, or to the smallest that works if that is more (0: to that), and
+ * gives the memory back to the system. At once between calls and in a token callback; from another thread while a call
+ * runs, before that call's next layer. Never grows the budget. */
+CFMOE_API cfmoe_status cfmoe_engine_trim(cfmoe_engine* engine, uint64_t budget_bytes, char* error, size_t error_size);
+/* Which experts are in memory: writes 1 or 0 for each, [moe_layers * num_experts], as far as `capacity` goes. Returns
+ * how many there are to write. */
+CFMOE_API size_t cfmoe_engine_residents(const cfmoe_engine* engine, uint8_t* out, size_t capacity);
 CFMOE_API const char* cfmoe_engine_io(const cfmoe_engine* engine); /* what "auto" became */
 CFMOE_API const char* cfmoe_engine_policy(const cfmoe_engine* engine);
-CFMOE_API const char* cfmoe_engine_warning(const cfmoe_engine* engine); /* "" if none */
+CFMOE_API const char* cfmoe_engine_warning(const cfmoe_engine* engine); /* "" if none; valid until the budget changes */
 
 /* One conversation. The engine has one KV cache: one session at a time. */
 CFMOE_API cfmoe_status cfmoe_session_create(cfmoe_engine* engine, cfmoe_session** out, char* error, size_t error_size);

@@ -278,7 +278,21 @@ void ExpertCache::resize(int32_t slots) {
   Impl& cache = *impl_;
   const PolicyFacts& facts = cache.residency.facts();
   slots = checked_slots(slots, facts.top_k, facts.total());
-  drain();
+  // A background read that failed leaves its expert absent: who needs it reads it again, and meets the error then.
+  cache.queue.wait_idle();
+  for (const ExpertKey key : cache.residents()) {
+    if (!cache.place(key).load || !cache.queue.failed(cache.place(key).load->job)) continue;
+    cache.residency.drop(key);
+    cache.release(key);
+  }
+  if (cache.pool && slots > facts.slots) {
+    try {
+      cache.pool->resize(slots);
+    } catch (...) {
+      cache.pool->resize(facts.slots);
+      throw;
+    }
+  }
   cache.residency.resize(slots);
   if (cache.pool) cache.pool->resize(slots);
 }
@@ -299,6 +313,11 @@ void ExpertCache::reset_metrics() {
 }
 
 std::vector<AccessEvent> ExpertCache::take_events() { return impl_->residency.take_events(); }
+
+void ExpertCache::residents(std::span<uint8_t> out) const {
+  for (size_t id = 0; id < out.size(); ++id)
+    out[id] = impl_->residency.resident(impl_->residency.facts().key_of(static_cast<int32_t>(id))) ? 1 : 0;
+}
 
 std::vector<int32_t> ExpertCache::residents(int32_t layer) const {
   std::vector<int32_t> out;

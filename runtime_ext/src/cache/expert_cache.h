@@ -76,12 +76,14 @@ class ExpertCache {
   void drain();
   // Forgets residents, policy state and noted routing: the next access is cold.
   void clear();
-  // Changes the number of slots between turns; shrinking gives memory back to the system at once.
+  // Changes the number of slots while no expert is in use; shrinking gives memory back to the system at once.
   void resize(int32_t slots);
 
   PhaseMetrics metrics(Phase phase) const;
   void reset_metrics();
   std::vector<AccessEvent> take_events();
+  // Writes for each expert, [layers * experts] as far as `out` goes, 1 if it is resident and 0 otherwise.
+  void residents(std::span<uint8_t> out) const;
   // Residents of a MoE layer, ascending.
   std::vector<int32_t> residents(int32_t layer) const;
   // Never more than there are experts.

@@ -51,6 +51,11 @@ bool IoQueue::done(const JobPtr& job) const {
   return job->done;
 }
 
+bool IoQueue::failed(const JobPtr& job) const {
+  std::lock_guard lock(mutex_);
+  return job->done && job->error;
+}
+
 void IoQueue::wait(const JobPtr& job) {
   std::unique_lock lock(mutex_);
   work_done_.wait(lock, [&] { return job->done; });

@@ -28,6 +28,8 @@ class IoQueue {
 
   JobPtr submit(std::function<void()> work);
   bool done(const JobPtr& job) const;
+  // Done, but the work threw.
+  bool failed(const JobPtr& job) const;
   // Waits, then throws what the work threw.
   void wait(const JobPtr& job);
   // Waits until one of them is done; not for an empty list.

@@ -99,6 +99,8 @@ void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out) {
   const cfmoe::EngineMemory memory = engine->engine.memory();
   const cfmoe::ExpertIndex& experts = engine->engine.experts();
   *out = {memory.budget.budget_bytes,
+          memory.smallest_budget,
+          memory.largest_budget,
           memory.fixed.weights_bytes,
           memory.fixed.kv_bytes,
           memory.fixed.workspace_bytes,
@@ -107,6 +109,29 @@ void cfmoe_engine_memory(const cfmoe_engine* engine, cfmoe_memory* out) {
           memory.mapped_bytes,
           static_cast<uint32_t>(memory.budget.slots),
           static_cast<uint32_t>(experts.layers * experts.experts)};
+}
+
+cfmoe_status cfmoe_engine_set_budget(cfmoe_engine* engine, uint64_t budget_bytes, double expert_percent, char* error,
+                                     size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(engine != nullptr, "engine is NULL");
+    engine->engine.set_budget(budget_bytes, expert_percent);
+  });
+}
+
+cfmoe_status cfmoe_engine_trim(cfmoe_engine* engine, uint64_t budget_bytes, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(engine != nullptr, "engine is NULL");
+    engine->engine.trim(budget_bytes);
+  });
+}
+
+size_t cfmoe_engine_residents(const cfmoe_engine* engine, uint8_t* out, size_t capacity) {
+  if (engine == nullptr) return 0;
+  const cfmoe::ExpertIndex& experts = engine->engine.experts();
+  const size_t total = static_cast<size_t>(experts.layers) * static_cast<size_t>(experts.experts);
+  if (out != nullptr) engine->engine.residents(std::span(out, std::min(capacity, total)));
+  return total;
 }
 
 const char* cfmoe_engine_io(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.io(); }
@@ -177,9 +202,9 @@ void cfmoe_session_cancel(cfmoe_session* session) {
 void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics* out) {
   if (session == nullptr || out == nullptr) return;
   const cfmoe::SessionMetrics& metrics = session->session.metrics();
-  const cfmoe::ExpertCache& cache = session->session.engine().cache();
-  *out = {phase_metrics(metrics.prefill, cache.metrics(cfmoe::Phase::kPrefill)),
-          phase_metrics(metrics.decode, cache.metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits,
+  const cfmoe::Engine& engine = session->session.engine();
+  *out = {phase_metrics(metrics.prefill, engine.cache_metrics(cfmoe::Phase::kPrefill)),
+          phase_metrics(metrics.decode, engine.cache_metrics(cfmoe::Phase::kDecode)), metrics.first_32_hits,
           metrics.first_32_accesses};
 }
 

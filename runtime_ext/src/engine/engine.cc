@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 
 #include <algorithm>
+#include <utility>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -94,10 +95,9 @@ void Engine::plan_memory(const EngineOptions& options) {
   const uint64_t weights_bytes = check_file_size(artifact_.directory, artifact_.manifest, "weights.bin");
   fixed_ = {round_up(weights_bytes, kBufferAlignment), round_up(KvCache::bytes(plan_.kv, kv_rows_), kBufferAlignment),
             WorkspaceLayout(plan_, facts, chunk()).total};
-  const ExpertIndex& index = experts();
   BudgetRequest request{options.budget_bytes, options.expert_percent, 0};
   if (request.budget_bytes == 0 && request.expert_percent == 0) request.available_bytes = available_memory();
-  budget_ = plan_budget(fixed_, index.record_stride, index.layers * index.experts, facts.top_k, request);
+  budget_ = plan(request);
   append_warning(&warning_, budget_.warning);
 }
 
@@ -160,7 +160,7 @@ void Engine::load(const EngineOptions& options) {
   memory.workspace = reinterpret_cast<char*>(workspace_.data());
   memory.input = tokens_.data();
   memory.context = kv_rows_;
-  const ProgramServices services{kernels_.get(), router_.get(), experts_step_.get(), &cancelled_};
+  const ProgramServices services{kernels_.get(), router_.get(), experts_step_.get(), &cancelled_, &between_layers_};
   prefill_ = std::make_unique<BoundProgram>(plan_.prefill, Phase::kPrefill, memory, services);
   decode_ = std::make_unique<BoundProgram>(plan_.decode, Phase::kDecode, memory, services);
   memory.input = head_input_.data();
@@ -202,9 +202,98 @@ std::span<float> Engine::head(std::span<const float> hidden) {
   return {static_cast<float*>(head_->output().data), static_cast<size_t>(model().vocab_size)};
 }
 
-EngineMemory Engine::memory() const {
-  EngineMemory memory{budget_, fixed_, cache_->pool_bytes(), 0};
+PhaseMetrics Engine::cache_metrics(Phase phase) const {
+  const std::lock_guard lock(budget_mutex_);
+  return cache_->metrics(phase);
+}
+
+void Engine::residents(std::span<uint8_t> out) const {
+  const std::lock_guard lock(budget_mutex_);
+  cache_->residents(out);
+}
+
+uint64_t Engine::budget_of(int32_t slots) const {
+  return fixed_.sum() + static_cast<uint64_t>(slots) * experts().record_stride;
+}
+
+BudgetPlan Engine::plan(BudgetRequest request) const {
   const ExpertIndex& index = experts();
+  return plan_budget(fixed_, index.record_stride, index.layers * index.experts, model().top_k, request);
+}
+
+void Engine::resize(const BudgetPlan& plan) {
+  const std::lock_guard lock(budget_mutex_);
+  cache_->resize(plan.slots);
+  if (recorder_ && plan.slots != budget_.slots) recorder_->forget_slots();
+  budget_ = plan;
+}
+
+void Engine::set_budget(uint64_t budget_bytes, double expert_percent) {
+  std::optional<Turn> turn;
+  if (!gate_.paused_here()) turn.emplace(*this);
+  BudgetRequest request{budget_bytes, expert_percent, 0};
+  if (budget_bytes == 0 && expert_percent == 0) {
+    // What this engine holds already it need not get again.
+    if (const uint64_t available = available_memory(); available > 0)
+      request.available_bytes = available + fixed_.sum() + cache_->pool_bytes();
+  }
+  const BudgetPlan plan = this->plan(request);
+  resize(plan);
+  append_warning(&warning_, plan.warning);
+}
+
+void Engine::trim(uint64_t budget_bytes) {
+  trim_request_ = std::max(budget_bytes, uint64_t{1});
+  if (gate_.paused_here()) {
+    apply_trim();
+    return;
+  }
+  // A call that ends meanwhile sees the request, or leaves the gate open for this.
+  while (trim_request_ != 0 && gate_.try_enter_trim()) {
+    try {
+      apply_trim();
+    } catch (...) {
+      gate_.leave();
+      throw;
+    }
+    gate_.leave();
+  }
+}
+
+void Engine::apply_trim() {
+  if (trim_request_.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t wanted = std::max(trim_request_.exchange(0), budget_of(model().top_k));
+  if (wanted < budget_.budget_bytes) resize(plan({wanted, 0, 0}));
+}
+
+Engine::Turn::Turn(Engine& engine) : engine_(engine) {
+  engine_.gate_.enter();
+  if (engine_.trim_error_) {
+    const std::exception_ptr error = std::exchange(engine_.trim_error_, nullptr);
+    engine_.gate_.leave();
+    std::rethrow_exception(error);
+  }
+}
+
+Engine::Turn::~Turn() {
+  bool entered = true;
+  while (entered) {
+    try {
+      engine_.apply_trim();
+    } catch (...) {
+      engine_.trim_error_ = std::current_exception();
+    }
+    engine_.gate_.leave();
+    // One that was asked for before the gate opened was left to this call.
+    entered = engine_.trim_request_ != 0 && engine_.gate_.try_enter_trim();
+  }
+}
+
+EngineMemory Engine::memory() const {
+  const std::lock_guard lock(budget_mutex_);
+  const ExpertIndex& index = experts();
+  EngineMemory memory{
+      budget_, fixed_, budget_of(model().top_k), budget_of(index.layers * index.experts), cache_->pool_bytes(), 0};
   if (store_->mode() == IoMode::kMmap) {
     memory.mapped_bytes =
         static_cast<uint64_t>(index.layers) * static_cast<uint64_t>(index.experts) * index.record_stride;

@@ -3,7 +3,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -13,6 +16,7 @@
 #include "engine/budget.h"
 #include "engine/executor.h"
 #include "engine/sampler.h"
+#include "engine/turn_gate.h"
 #include "store/weights_file.h"
 #include "trace/trace_recorder.h"
 
@@ -33,6 +37,7 @@ struct EngineOptions {
 struct EngineMemory {
   BudgetPlan budget;
   FixedParts fixed;
+  uint64_t smallest_budget = 0, largest_budget = 0;  // that work, and that are of use
   uint64_t pool_bytes = 0;
   uint64_t mapped_bytes = 0;
 };
@@ -55,7 +60,30 @@ class Engine {
   int32_t chunk() const { return artifact_.manifest.prefill_chunk; }
   const ExpertIndex& experts() const { return artifact_.index.experts; }
   uint32_t context_size() const { return context_size_; }
-  EngineMemory memory() const;
+  EngineMemory memory() const;  // from any thread
+  PhaseMetrics cache_metrics(Phase phase) const;
+  // Writes for each expert, [MoE layers * experts] as far as `out` goes, 1 if it is in memory and 0 otherwise.
+  void residents(std::span<uint8_t> out) const;
+
+  // Changes the budget, between calls or in the caller's code between two tokens; as when opening, 0 and 0 mean all
+  // experts as far as memory goes. Throws cfmoe::Error, and changes nothing, where it is too small or a call is under
+  // way.
+  void set_budget(uint64_t budget_bytes, double expert_percent);
+  // Low memory: shrinks the budget to `budget_bytes`, or to the smallest that works if that is more; never grows it.
+  // From any thread: at once, or before the next layer of the call under way.
+  void trim(uint64_t budget_bytes);
+
+  // A call that works with the engine. Throws cfmoe::Error where another one does.
+  class Turn {
+   public:
+    explicit Turn(Engine& engine);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Engine& engine_;
+  };
   const char* io() const { return io_mode_name(store_->mode()); }
   const std::string& policy() const { return policy_; }
   const std::string& warning() const { return warning_; }
@@ -63,6 +91,7 @@ class Engine {
   ExpertCache& cache() { return *cache_; }
   const TraceRecorder* recorder() const { return recorder_ ? &*recorder_ : nullptr; }
   ThreadPool& pool() { return *pool_; }
+  TurnGate& gate() { return gate_; }
   std::span<Sampler::Candidate> candidates() { return candidates_; }
   std::span<uint8_t> seen() { return seen_; }  // [vocabulary], of the session
   std::atomic<bool>& cancelled() { return cancelled_; }
@@ -72,6 +101,10 @@ class Engine {
   void plan_memory(const EngineOptions& options);
   void load(const EngineOptions& options);
   Trace trace_header() const;
+  uint64_t budget_of(int32_t slots) const;
+  BudgetPlan plan(BudgetRequest request) const;
+  void resize(const BudgetPlan& plan);
+  void apply_trim();
   std::span<const float> run(BoundProgram& program, int64_t n, int64_t position);
 
   Artifact artifact_;
@@ -80,6 +113,7 @@ class Engine {
   int64_t kv_rows_ = 0;
   FixedParts fixed_;
   BudgetPlan budget_;
+  mutable std::mutex budget_mutex_;  // of budget_ and of the pool's size; a trim may come from another thread
   std::string policy_, warning_;
 
   LoadedWeights weights_;
@@ -98,6 +132,10 @@ class Engine {
   std::span<Sampler::Candidate> candidates_;
   std::span<uint8_t> seen_;
   std::atomic<bool> cancelled_{false}, has_session_{false};
+  TurnGate gate_;
+  std::atomic<uint64_t> trim_request_{0};  // bytes; 0: none
+  std::exception_ptr trim_error_;          // of a trim at the end of a call; the next call throws it
+  std::function<void()> between_layers_ = [this] { apply_trim(); };
 };
 
 }  // namespace cfmoe

@@ -38,6 +38,7 @@ BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const Progra
     step.activation = tensor(plan.activation);
     step.rows = tensor(plan.rows);
     step.scratch = tensor(plan.scratch);
+    step.groups = plan.groups;
     if (plan.op != StepOp::kCall) continue;
     step.kernel = services_.kernels->get(plan.kernel);
     step.arguments = argument;
@@ -86,8 +87,10 @@ void BoundProgram::run(int64_t n, int64_t position) {
       step.kernel(step.arguments, step.argument_count);
     } else if (step.op == StepOp::kRoute) {
       services_.router->route(static_cast<const float*>(step.logits->data), n, step.logits->shape[1],
-                              static_cast<int32_t*>(step.ids->data), static_cast<float*>(step.weights->data));
+                              static_cast<int32_t*>(step.ids->data), static_cast<float*>(step.weights->data),
+                              step.groups);
     } else {
+      (*services_.between_layers)();
       const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows,
                                    step.scratch, services_.router->kept_scores()};
       if (phase_ == Phase::kPrefill) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -31,6 +32,7 @@ struct ProgramServices {
   Router* router = nullptr;
   ExpertsStep* experts = nullptr;
   const std::atomic<bool>* cancelled = nullptr;
+  const std::function<void()>* between_layers = nullptr;  // called while no expert is in use
 };
 
 class BoundProgram {
@@ -53,6 +55,7 @@ class BoundProgram {
     int32_t layer = -1;
     DLTensor *ids = nullptr, *logits = nullptr, *weights = nullptr, *activation = nullptr, *rows = nullptr,
              *scratch = nullptr;
+    RouterGroups groups;
   };
   void* locate(const PlanBuffer& buffer, const ProgramMemory& memory) const;
   // Writes the expression's value to `target`, now and before each run that may change it.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <optional>
 #include <utility>
 
 #include "error.h"
@@ -172,6 +173,21 @@ class ProgramReader {
     return index;
   }
 
+  RouterGroups read_groups(const JsonValue& json) const {
+    const std::optional<JsonValue> count = json.find("groups");
+    if (!count) return {};
+    const ModelFacts& model = manifest_.model;
+    RouterGroups groups;
+    groups.count = count->int32(1, model.num_experts);
+    if (model.num_experts % groups.count != 0) {
+      count->fail("does not divide num_experts " + std::to_string(model.num_experts));
+    }
+    const JsonValue top = json.at("top_groups");
+    groups.top = top.int32(1, groups.count);
+    if (groups.top * (model.num_experts / groups.count) < model.top_k) top.fail("holds fewer than top_k experts");
+    return groups;
+  }
+
   PlanStep read_step(const JsonValue& json) const {
     const ModelFacts& model = manifest_.model;
     const auto tokens = [](int64_t n) { return n; };
@@ -202,6 +218,7 @@ class ProgramReader {
       expect(json.at("logits"), step.logits, DType::kFloat32, tokens, padded);
       step.weights = workspace_index(json.at("weights"));
       expect(json.at("weights"), step.weights, DType::kFloat32, tokens, top_k);
+      step.groups = read_groups(json);
       return step;
     }
     step.op = StepOp::kExperts;

@@ -9,6 +9,7 @@
 #include "artifact/index.h"
 #include "artifact/manifest.h"
 #include "engine/expression.h"
+#include "engine/router.h"
 
 namespace cfmoe {
 
@@ -43,6 +44,7 @@ struct PlanStep {
   int32_t layer = -1;                                // kRoute, kExperts: MoE layer
   int32_t ids = -1;                                  // kRoute, kExperts: buffers
   int32_t logits = -1, weights = -1;                 // kRoute
+  RouterGroups groups;                               // kRoute
   int32_t activation = -1, rows = -1, scratch = -1;  // kExperts
 };
 

@@ -4,11 +4,21 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace cfmoe {
+namespace {
+
+constexpr float kMasked = -2.0F;  // below every score and what stands for a score that is no number
+
+}  // namespace
 
 Router::Router(const RouterOptions& options, std::span<uint16_t> kept)
-    : options_(options), scores_(static_cast<size_t>(options.experts)), kept_(kept) {}
+    : options_(options),
+      scores_(static_cast<size_t>(options.experts)),
+      best_(static_cast<size_t>(options.experts)),
+      ranked_(static_cast<size_t>(options.experts)),
+      kept_(kept) {}
 
 void Router::keep(int64_t token) {
   constexpr float kUnits = 65535.0F;
@@ -38,11 +48,25 @@ void Router::score(const float* logits) {
   }
 }
 
-void Router::route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights) {
+void Router::mask(const RouterGroups& groups) {
+  const int32_t size = options_.experts / groups.count;
+  for (int32_t g = 0; g < groups.count; ++g) {
+    best_[g] = *std::max_element(scores_.begin() + g * size, scores_.begin() + (g + 1) * size);
+  }
+  const auto end = ranked_.begin() + groups.count;
+  std::iota(ranked_.begin(), end, 0);
+  std::sort(ranked_.begin(), end,
+            [this](int32_t a, int32_t b) { return best_[a] > best_[b] || (best_[a] == best_[b] && a < b); });
+  for (int32_t i = groups.top; i < groups.count; ++i) std::fill_n(scores_.begin() + ranked_[i] * size, size, kMasked);
+}
+
+void Router::route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights,
+                   const RouterGroups& groups) {
   const int32_t top_k = options_.top_k;
   for (int64_t t = 0; t < n; ++t, ids += top_k, weights += top_k) {
     score(logits + t * stride);
     if (!kept_.empty()) keep(t);
+    if (groups.top < groups.count) mask(groups);
     int32_t filled = 0;
     for (int32_t e = 0; e < options_.experts; ++e) {
       const float value = scores_[e];

@@ -16,25 +16,36 @@ struct RouterOptions {
   float scale = 1.0F;
 };
 
+// Only experts of the `top` groups with the highest single scores are chosen; `count` divides the number of experts.
+struct RouterGroups {
+  int32_t count = 1;
+  int32_t top = 1;
+};
+
 class Router {
  public:
   // `kept` is room for the scores of `kept.size() / experts` tokens, or empty.
   Router(const RouterOptions& options, std::span<uint16_t> kept);
 
   // logits [n, stride], of which the first `experts` of a row count; ids [n, top_k] by descending score (ties: the
-  // lower id; a score that is not a number comes last); weights [n, top_k].
-  void route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights);
+  // lower id; a score that is not a number comes last); weights [n, top_k]. The experts of the chosen groups must be
+  // top_k or more.
+  void route(const float* logits, int64_t n, int64_t stride, int32_t* ids, float* weights,
+             const RouterGroups& groups = {});
 
-  // The scores of the last route's tokens, [n, experts] in units of 1/65535; empty unless they are kept. Whole numbers,
-  // so that a cache policy sees the same from a trace.
+  // The scores of the last route's tokens, [n, experts] in units of 1/65535, those of groups that were not chosen
+  // among them; empty unless they are kept. Whole numbers, so that a cache policy sees the same from a trace.
   std::span<const uint16_t> kept_scores() const { return kept_.first(kept_count_); }
 
  private:
   void score(const float* logits);
   void keep(int64_t token);
+  void mask(const RouterGroups& groups);
 
   RouterOptions options_;
   std::vector<float> scores_;
+  std::vector<float> best_;      // per group
+  std::vector<int32_t> ranked_;  // groups by score
   std::span<uint16_t> kept_;
   size_t kept_count_ = 0;
 };

@@ -41,6 +41,7 @@ Session::Session(Engine& engine) : engine_(engine) {
 Session::~Session() { engine_.has_session() = false; }
 
 void Session::reset() {
+  const Engine::Turn turn(engine_);
   engine_.cache().drain();
   engine_.cache().clear();
   engine_.cache().reset_metrics();
@@ -128,6 +129,7 @@ std::span<const float> Session::decode(int32_t token) {
 
 void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens, const SamplingOptions& sampling,
                        std::span<const int32_t> stop_tokens, const TakeToken& take) {
+  const Engine::Turn turn(engine_);
   Sampler sampler(sampling, engine_.candidates());
   begin(tokens);
   const PoolScope scope(engine_.pool());
@@ -152,11 +154,13 @@ void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens,
     if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end()) return;
     pending_ = token;
     note_seen({&token, 1});
+    const TurnGate::Pause pause(engine_.gate());
     if (!take(token)) return;
   }
 }
 
 void Session::feed(std::span<const int32_t> tokens, bool decode_program, float* logits) {
+  const Engine::Turn turn(engine_);
   begin(tokens);
   const PoolScope scope(engine_.pool());
   const auto hidden_size = static_cast<size_t>(engine_.model().hidden_size);

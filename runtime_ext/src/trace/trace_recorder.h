@@ -22,6 +22,8 @@ class TraceRecorder {
   void note_hand_over();
   // The next token begins a sample.
   void begin_sample() { sample_begins_ = true; }
+  // The engine's slots have changed: no one number describes the trace any more.
+  void forget_slots() { trace_.slots = 0; }
   const Trace& trace() const { return trace_; }
 
  private:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 OK, INTERNAL, USER, CANCELLED = 0, 1, 2, 3
 _ERROR_BYTES = 2048
 
@@ -53,6 +53,8 @@ class EngineOptions(Structure):
 class Memory(Structure):
     _fields_ = (
         ("budget_bytes", c_uint64),
+        ("smallest_budget_bytes", c_uint64),
+        ("largest_budget_bytes", c_uint64),
         ("weights_bytes", c_uint64),
         ("kv_bytes", c_uint64),
         ("workspace_bytes", c_uint64),
@@ -142,6 +144,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_engine_close": (None, [c_void_p]),
     "cfmoe_engine_model": (None, [c_void_p, POINTER(ModelInfo)]),
     "cfmoe_engine_memory": (None, [c_void_p, POINTER(Memory)]),
+    "cfmoe_engine_set_budget": (c_int, [c_void_p, c_uint64, c_double, c_char_p, c_size_t]),
+    "cfmoe_engine_trim": (c_int, [c_void_p, c_uint64, c_char_p, c_size_t]),
+    "cfmoe_engine_residents": (c_size_t, [c_void_p, POINTER(c_uint8), c_size_t]),
     "cfmoe_engine_io": (c_char_p, [c_void_p]),
     "cfmoe_engine_policy": (c_char_p, [c_void_p]),
     "cfmoe_engine_warning": (c_char_p, [c_void_p]),

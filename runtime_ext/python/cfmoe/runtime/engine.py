@@ -23,9 +23,14 @@ _EVENT_BATCH = 65536
 
 @dataclass(frozen=True)
 class Memory:
-    """Where the budget goes, in bytes; slots and total count experts. ``mapped_bytes`` lie outside the budget (io ``mmap``)."""
+    """Where the budget goes, in bytes; slots and total count experts. ``mapped_bytes`` lie outside the budget (io ``mmap``).
+
+    Budgets from ``smallest_budget_bytes`` on work; more than ``largest_budget_bytes``, all experts, is of no use.
+    """
 
     budget_bytes: int
+    smallest_budget_bytes: int
+    largest_budget_bytes: int
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
@@ -197,6 +202,35 @@ class Engine:
         out = _capi.Memory()
         self._lib.cfmoe_engine_memory(self._open_handle(), ctypes.byref(out))
         return Memory(**_fields(out))
+
+    def set_memory_budget(self, memory_budget: int | str | None) -> Memory:
+        """Changes the budget between calls, or in ``on_token``, and returns what became of it; no token depends on it.
+
+        memory_budget: as when opening. Raises CFMoEError where it is too small, naming the smallest that works, and while another thread's
+        call runs; the budget stays as it was then.
+        """
+        budget = parse_budget(memory_budget)
+        error = _capi.ErrorText()
+        error.check(self._lib.cfmoe_engine_set_budget(self._open_handle(), budget.bytes, budget.percent, *error.arguments))
+        return self.memory
+
+    def trim(self, memory_budget: int = 0) -> None:
+        """For low memory: shrinks the budget to so many bytes, or to the smallest that works if that is more; never grows it.
+
+        From any thread. The memory goes back to the system at once, or before the next layer of a call that another thread runs.
+        """
+        if not 0 <= memory_budget < 1 << 64:
+            raise CFMoEError(f"a memory budget of {memory_budget} bytes is not allowed: use 0 (the smallest) to 2^64 - 1")
+        error = _capi.ErrorText()
+        error.check(self._lib.cfmoe_engine_trim(self._open_handle(), memory_budget, *error.arguments))
+
+    def residents(self) -> np.ndarray:
+        """Which experts are in memory: bool [moe_layers, num_experts]. Between calls, or in ``on_token``."""
+        model = self.model
+        out = np.zeros((model.moe_layers, model.num_experts), dtype=np.uint8)
+        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        self._lib.cfmoe_engine_residents(self._open_handle(), pointer, out.size)
+        return out.astype(bool)
 
     @property
     def model(self) -> ModelInfo:
