@@ -39,8 +39,9 @@ def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def kernels(format_name: str, hidden: int, ffn: int) -> tuple[Callable[..., None], Callable[..., None]]:
     target = targets.resolve("llvm")
-    up = expert.gate_up("gate_up", target.simd, format_name, hidden, ffn, True)
-    down = expert.down("down", target.simd, format_name, hidden, ffn, True)
+    shape = expert.ExpertShape(format_name, hidden, ffn)
+    up = expert.gate_up("gate_up", target.simd, shape, True)
+    down = expert.down("down", target.simd, shape, True)
     built = tvm.compile(tvm.IRModule({"gate_up": up, "down": down}), target=target.tvm_target())
     return built["gate_up"], built["down"]
 

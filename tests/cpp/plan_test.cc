@@ -49,6 +49,18 @@ TEST_CASE("a valid plan is read whole") {
   CHECK(plan.head.steps[0].kernel == "head");
 }
 
+TEST_CASE("groups of experts") {
+  const std::string route = R"("op": "route", )", grouped = route + R"("groups": 3, "top_groups": 2, )";
+  const Plan plan = parse(test::replaced(test::plan_text(), route, grouped));
+  CHECK(plan.prefill.steps[3].groups.count == 3);
+  CHECK(plan.prefill.steps[3].groups.top == 2);
+  CHECK(parse(test::plan_text()).prefill.steps[3].groups.count == 1);
+  refused(route, route + R"("groups": 2, "top_groups": 1, )", {"groups", "does not divide num_experts 3"});
+  refused(route, route + R"("groups": 3, "top_groups": 1, )", {"top_groups", "holds fewer than top_k experts"});
+  refused(route, route + R"("groups": 3, "top_groups": 4, )", {"top_groups"});
+  refused(route, route + R"("groups": 3, )", {"top_groups"});
+}
+
 TEST_CASE("expressions") {
   const SymbolValues values{5, 20, 64};
   CHECK(expression(R"(["floordiv", ["add", "n", 31], 32])").evaluate(values) == 1);

@@ -50,6 +50,35 @@ TEST_CASE("sigmoid scores") {
   CHECK(out.weights[2] == doctest::Approx(0.0));
 }
 
+TEST_CASE("only experts of the best groups are chosen, their scores stay those of all experts") {
+  // softmax is (1, 2, 8, 1, 4, 3, 4, 1) / 24; the best of each group of two: 2, 8, 4, 4. Ties go to the lower group.
+  std::vector<float> logits;
+  for (const float share : {1.0F, 2.0F, 8.0F, 1.0F, 4.0F, 3.0F, 4.0F, 1.0F}) logits.push_back(std::log(share));
+  std::vector<int32_t> ids(3, -7);
+  std::vector<float> weights(3);
+  std::vector<uint16_t> kept(8);
+  Router router({false, 8, 3, false, 6.0F}, kept);
+  router.route(logits.data(), 1, 8, ids.data(), weights.data(), {4, 2});
+  CHECK(ids == std::vector<int32_t>{2, 4, 5});
+  CHECK(weights[0] == doctest::Approx(2.0));
+  CHECK(weights[2] == doctest::Approx(0.75));
+  // What a cache policy sees includes the groups that were left out.
+  CHECK(router.kept_scores()[6] == doctest::Approx(65535 / 6.0).epsilon(0.001));
+  router.route(logits.data(), 1, 8, ids.data(), weights.data(), {4, 4});
+  CHECK(ids == std::vector<int32_t>{2, 4, 6});
+  router.route(logits.data(), 1, 8, ids.data(), weights.data());
+  CHECK(ids == std::vector<int32_t>{2, 4, 6});
+}
+
+TEST_CASE("no expert of a group left out is chosen, even where scores are no numbers") {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<int32_t> ids(2, -7);
+  std::vector<float> weights(2);
+  const std::vector<float> logits = {nan, 1, 2, nan, 0, 0};
+  Router({true, 6, 2, false, 1.0F}, {}).route(logits.data(), 1, 6, ids.data(), weights.data(), {3, 1});
+  CHECK(ids == std::vector<int32_t>{2, 3});
+}
+
 TEST_CASE("large scores stay finite and what is no number comes last, with valid ids") {
   Routed large = route({false, 3, 2, true, 1.0F}, {3e38F, -3e38F, 3e38F}, 1, 3);
   CHECK(large.ids == std::vector<int32_t>{0, 2});

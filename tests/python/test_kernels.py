@@ -10,11 +10,15 @@ import tvm
 import tvm_ffi
 
 from cfmoe.compile import quantise, targets
+from cfmoe.compile.decoder_config import ClampedSwiglu
 from cfmoe.compile.kernels import activation, expert, linear
+from cfmoe.compile.kernels.expert import ExpertShape
 from cfmoe.compile.kernels.linear import LinearShape
 
 FORMATS = ("q4", "q8", "f16", "f32")
 HIDDEN, FFN, OUTPUTS, ROWS = 96, 64, 150, 7
+EXPERTS = {fmt: ExpertShape(fmt, HIDDEN, FFN) for fmt in FORMATS}
+EXPERTS |= {f"{fmt}_biased": ExpertShape(fmt, HIDDEN, FFN, bias=True, swiglu=ClampedSwiglu(1.7, 0.5)) for fmt in ("q4", "f16")}
 RUNNABLE = [t for t in targets.CPU_TARGETS if t.arch == targets.resolve("llvm").arch and set(t.features) <= targets.host_features()]
 rng = np.random.default_rng(5)
 
@@ -40,10 +44,11 @@ def built(request: pytest.FixtureRequest) -> Any:
             f"linear_{fmt}", target.simd, LinearShape(fmt, HIDDEN, OUTPUTS, bias=True, residual=True)
         )
         functions[f"embedding_{fmt}"] = linear.embedding(f"embedding_{fmt}", fmt, OUTPUTS, HIDDEN, None)
+    for kind, shape in EXPERTS.items():
         for phase in ("prefill", "decode"):
             for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):
-                name = f"{part}_{fmt}_{phase}"
-                functions[name] = emit(name, target.simd, fmt, HIDDEN, FFN, phase == "decode")
+                name = f"{part}_{kind}_{phase}"
+                functions[name] = emit(name, target.simd, shape, phase == "decode")
     return tvm.compile(tvm.IRModule(functions), target=target.tvm_target())
 
 
@@ -77,17 +82,32 @@ def test_linear_and_embedding(built: Any, fmt: str) -> None:
     np.testing.assert_array_equal(rows, stored[tokens])
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_expert_kernels(built: Any, fmt: str) -> None:
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_expert_kernels(built: Any, kind: str) -> None:
+    shape = EXPERTS[kind]
+    fmt = shape.format
     gate, up, down = (rng.normal(size=s).astype(np.float32) / 8 for s in ((FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)))
     parts = [quantise.pack_interleaved(gate, up, fmt).reshape(-1), quantise.pack(down, fmt).reshape(-1)]
     stored = [quantise.unpack(quantise.pack(w, fmt), fmt, *w.shape) for w in (gate, up, down)]
+    biases = np.zeros(2 * FFN + HIDDEN, np.float32)
+    if shape.bias:
+        biases = (rng.normal(size=biases.size) / 4).astype(np.float16).astype(np.float32)
+        # Per tile of 32 outputs those of the gate, then those of the up projection.
+        tiles = np.stack([biases[:FFN].reshape(-1, 32), biases[FFN : 2 * FFN].reshape(-1, 32)], axis=1).reshape(-1)
+        gate_up_bias, down_bias = (
+            b.view(np.int32) if fmt == "q4" else b.astype(np.float16) for b in (tiles, np.ascontiguousarray(biases[2 * FFN :]))
+        )
+        parts = [parts[0], gate_up_bias, parts[1], down_bias]
     slab = aligned(np.concatenate([np.zeros(128, parts[0].dtype), *parts]))
+    sections = expert.record_sections(fmt, HIDDEN, FFN, shape.bias)
+    assert sum(size for _, size in sections.values()) == slab.nbytes - 128 * slab.itemsize
     offset = 128 * slab.itemsize // 4
     x = aligned(rng.normal(size=(ROWS, HIDDEN)).astype(np.float32))
     given, values = activations(built, fmt, x)
-    g, u = values @ stored[0].T, values @ stored[1].T
-    expected = (g / (1 + np.exp(-g)) * u) @ stored[2].T
+    g, u = values @ stored[0].T + biases[:FFN], values @ stored[1].T + biases[FFN : 2 * FFN]
+    if shape.swiglu is not None:
+        g, u = np.minimum(g, 0.5), np.clip(u, -0.5, 0.5) + 1
+    expected = (g / (1 + np.exp(-g * (1.7 if shape.swiglu else 1.0))) * u) @ stored[2].T + biases[2 * FFN :]
     outs = []
     for phase in ("prefill", "decode"):
         out = aligned(np.zeros((ROWS, HIDDEN), np.float32))
@@ -97,9 +117,9 @@ def test_expert_kernels(built: Any, fmt: str) -> None:
             scratch = aligned(np.zeros((len(rows), expert.scratch_width(fmt, FFN)), given.dtype))
             # Two halves of the tiles, as two threads would take them.
             for begin, end in ((0, 1), (1, FFN // 32)):
-                call(built[f"gate_up_{fmt}_{phase}"], given, rows, slab, scratch, offset, begin, end)
+                call(built[f"gate_up_{kind}_{phase}"], given, rows, slab, scratch, offset, begin, end)
             for begin, end in ((2, HIDDEN // 32), (0, 2)):
-                call(built[f"down_{fmt}_{phase}"], scratch, rows, slab, out, offset, begin, end)
+                call(built[f"down_{kind}_{phase}"], scratch, rows, slab, out, offset, begin, end)
         outs.append(out)
     # Between the projections q4 and q8 round to int8: an error of half a step of 1/127.
     tolerance = 2e-2 if fmt.startswith("q") else 1e-5

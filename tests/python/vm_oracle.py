@@ -50,7 +50,9 @@ def route(logits: np.ndarray, config: DecoderConfig) -> tuple[np.ndarray, np.nda
     sigmoid = config.router_score == "sigmoid"
     scores = np.array([_expf(v) for v in (-logits if sigmoid else logits - logits.max())], np.float32)
     scores = np.float32(1) / (np.float32(1) + scores) if sigmoid else scores / np.cumsum(scores)[-1]
-    ids = np.argsort(-scores, kind="stable")[: config.top_k].astype(np.int32)
+    allowed = scores.reshape(config.router_groups, -1).copy()
+    allowed[np.argsort(-allowed.max(1), kind="stable")[config.router_top_groups :]] = -2
+    ids = np.argsort(-allowed.reshape(-1), kind="stable")[: config.top_k].astype(np.int32)
     weights = scores[ids]
     factor = np.float32(config.router_scale)
     return ids, weights * (factor / np.cumsum(weights)[-1] if config.router_renormalise else factor)
@@ -104,7 +106,7 @@ class VmOracle:
         c, dtype = self.config, quantisation.kv_dtype
         blocks = -(-c.context_size // 16)
         self.keys = [tvm.runtime.tensor(np.zeros((c.num_kv_heads, blocks, c.head_dim, 16), dtype)) for _ in range(c.num_layers)]
-        self.values = [tvm.runtime.tensor(np.zeros((c.num_kv_heads, 16 * blocks, c.head_dim), dtype)) for _ in range(c.num_layers)]
+        self.values = [tvm.runtime.tensor(np.zeros((c.num_kv_heads, 16 * blocks, c.value_dim), dtype)) for _ in range(c.num_layers)]
         self.position = 0
         self.phase = ""
 
@@ -124,7 +126,7 @@ class VmOracle:
         self.position += len(tokens)
         return np.concatenate([self.vm["head"](tvm.runtime.tensor(row[None]), *self.weights).numpy() for row in hidden])
 
-    def _route(self, logits: Any, _layer: int, ids: Any, weights: Any) -> None:
+    def _route(self, logits: Any, _layer: int, _groups: int, _top_groups: int, ids: Any, weights: Any) -> None:
         rows = [route(row, self.config) for row in logits.numpy()]
         ids.copyfrom(np.stack([row[0] for row in rows]))
         weights.copyfrom(np.stack([row[1] for row in rows]))

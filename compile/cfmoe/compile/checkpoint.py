@@ -75,8 +75,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> np.ndarray:
-        """Tensor `name` of `shape` in its stored float type; with `index`, only that slice of the first dimension.
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, types: tuple[str, ...] = ("F32", "F16", "BF16")
+    ) -> np.ndarray:
+        """Tensor `name` of `shape` in its stored type, one of `types`; with `index`, only that slice of the first dimension.
 
         Raises CFMoEError where it is missing or its shape contradicts config.json.
         """
@@ -93,6 +95,6 @@ class Checkpoint:
             if found != shape:
                 raise CFMoEError(f"{file}: tensor {name} has shape {list(found)}, but config.json implies {list(shape)}")
             kind = part.get_dtype()
-            if kind not in ("F32", "F16", "BF16"):
-                raise CFMoEError(f"{file}: tensor {name} has type {kind}; supported are F32, F16 and BF16")
+            if kind not in types:
+                raise CFMoEError(f"{file}: tensor {name} has type {kind}; supported here: {', '.join(types)}")
             return np.asarray(part[index] if index is not None else part[:])

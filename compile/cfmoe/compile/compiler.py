@@ -41,11 +41,13 @@ def lower(
     """The lowered module, expert kernels included, and the weights' names in argument order."""
     mod, parameters = Decoder(config, quantisation).export()
     mod = pipeline.run(mod, target.simd, plan.symbol_bounds(config, chunk), dump_ir)
-    fmt = quantisation["expert"]
+    shape = expert.ExpertShape(
+        quantisation["expert"], config.hidden_size, config.expert_ffn_size, bias=config.expert_bias, swiglu=config.expert_swiglu
+    )
     for phase in ("prefill", "decode"):
         for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):
             name = f"expert_{part}_{phase}"
-            mod[name] = emit(name, target.simd, fmt, config.hidden_size, config.expert_ffn_size, phase == "decode")
+            mod[name] = emit(name, target.simd, shape, phase == "decode")
     if dump_ir is not None:
         (dump_ir / "99_kernels.py").write_text(kernels_of(mod).script())
     return mod, [name for name, _ in parameters]
@@ -73,8 +75,9 @@ def _generation_facts(model: Path, config: DecoderConfig) -> DecoderConfig:
 
 def _parameter_count(c: DecoderConfig) -> int:
     dense = len(c.moe_layers)
-    layer = c.hidden_size * (c.qkv_width + c.num_heads * c.head_dim + 2)
-    experts = c.num_experts * 3 * c.hidden_size * c.expert_ffn_size + c.num_experts * c.hidden_size
+    layer = sum(inputs * outputs for inputs, outputs in c.attention_matrices()) + 2 * c.hidden_size
+    biases = 2 * c.expert_ffn_size + c.hidden_size if c.expert_bias else 0
+    experts = c.num_experts * (3 * c.hidden_size * c.expert_ffn_size + biases + c.hidden_size)
     shared = 3 * c.hidden_size * c.shared_ffn_size
     plain = (c.num_layers - dense) * 3 * c.hidden_size * c.dense_ffn_size
     embedding = c.vocab_size * c.hidden_size * (1 if c.tie_embeddings else 2)

@@ -15,14 +15,16 @@ from cfmoe.compile.decoder_config import DecoderConfig, Quantisation
 from cfmoe.compile.kernels.expert import scratch_width
 from cfmoe.compile.kernels.matmul import FORMATS, packed_size, padded
 
+LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever config.json says of the other norms
+
 
 def _extern(name: str, args: list[object], shape: list[object], dtype: str = "float32") -> Tensor:
     return op.extern(f"cfmoe.{name}", args, out=Tensor.placeholder(shape, dtype))
 
 
-def _host_step(name: str, args: list[Tensor], layer: int, outs: list[tuple[list[object], str]]) -> tuple[Tensor, ...]:
+def _host_step(name: str, args: list[Tensor], numbers: list[int], outs: list[tuple[list[object], str]]) -> tuple[Tensor, ...]:
     """A step of the runtime with several results, which nn.op.extern cannot express."""
-    inputs = relax.Tuple([*(arg._expr for arg in args), relax.prim_value(layer)])
+    inputs = relax.Tuple([*(arg._expr for arg in args), *(relax.prim_value(number) for number in numbers)])
     types = [Tensor.placeholder(shape, dtype)._expr.ty for shape, dtype in outs]
     return wrap_nested(relax.op.call_dps_packed(f"cfmoe.{name}", inputs, types), name)
 
@@ -75,14 +77,44 @@ class FeedForward(nn.Module):
         return self.down(activate(h, self.format, self.ffn))
 
 
+class LatentProjections(nn.Module):
+    """Queries, keys and values of multi-head latent attention, expanded to one head of keys and values per head of queries."""
+
+    def __init__(self, c: DecoderConfig, format_name: str) -> None:
+        assert c.latent is not None
+        self.config, self.format, self.m = c, format_name, c.latent
+        m = c.latent
+        if m.q_rank:
+            self.q_down = Linear(format_name, c.hidden_size, m.q_rank)
+            self.q_norm = RMSNorm(m.q_rank, LATENT_NORM_EPS)
+        self.q = Linear(format_name, m.q_rank or c.hidden_size, c.num_heads * c.head_dim)
+        self.kv_down = Linear(format_name, c.hidden_size, m.kv_rank)
+        self.k_rope = Linear(format_name, c.hidden_size, m.rope)
+        self.kv_norm = RMSNorm(m.kv_rank, LATENT_NORM_EPS)
+        self.kv = Linear(format_name, m.kv_rank, c.num_heads * (m.nope + m.value))
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, activation width) -> (n, qkv width)
+        c, m, fmt = self.config, self.m, self.format
+        q = self.q(activate(self.q_norm(self.q_down(x)), fmt, m.q_rank) if m.q_rank else x)
+        kv = self.kv(activate(self.kv_norm(self.kv_down(x)), fmt, m.kv_rank))
+        args = [q, self.k_rope(x), kv, c.num_heads, m.rope, m.nope, m.value]
+        return _extern("latent_heads", args, [x.shape[0], c.qkv_width])
+
+
 class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, quantisation: Quantisation, index: int) -> None:
         c, q = config, quantisation
         self.config, self.quantisation = c, q
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.qkv = Linear(q["attention"], c.hidden_size, c.qkv_width, bias=c.qkv_bias)
-        self.o = Linear(q["attention"], c.num_heads * c.head_dim, c.hidden_size)
+        self.index = index
+        if c.latent is None:
+            self.qkv = Linear(q["attention"], c.hidden_size, c.qkv_width, bias=c.qkv_bias)
+        else:
+            self.latent = LatentProjections(c, q["attention"])
+        self.o = Linear(q["attention"], c.num_heads * c.value_dim, c.hidden_size, bias=c.o_bias)
+        if c.sinks:
+            self.sinks = nn.Parameter((c.num_heads,), "float32")
         if c.qk_norm != "none":
             heads = (1, 1) if c.qk_norm == "head" else (c.num_heads, c.num_kv_heads)
             self.q_norm = nn.Parameter((heads[0] * c.head_dim,), "float32")
@@ -91,7 +123,7 @@ class Layer(nn.Module):
         if self.moe is None:
             self.dense = FeedForward(q["dense"], c.hidden_size, c.dense_ffn_size)
             return
-        self.router = Linear("f32", c.hidden_size, padded(c.num_experts))
+        self.router = Linear("f32", c.hidden_size, padded(c.num_experts), bias=c.router_bias)
         if c.shared_ffn_size:
             self.shared = FeedForward(q["dense"], c.hidden_size, c.shared_ffn_size)
             if c.shared_gate:
@@ -106,11 +138,14 @@ class Layer(nn.Module):
 
     def _attention(self, x: Tensor, rope: Tensor, k_cache: Tensor, v_cache: Tensor, position: object) -> Tensor:
         c, fmt = self.config, self.quantisation["attention"]
-        qkv = self.qkv(activate(x, fmt, c.hidden_size))
+        x = activate(x, fmt, c.hidden_size)
+        qkv = self.qkv(x) if c.latent is None else self.latent(x)
         norms = [] if c.qk_norm == "none" else [self.q_norm, self.k_norm]
-        attributes = [c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.rms_norm_eps]
-        width = c.num_heads * c.head_dim
-        args = [qkv, *norms, rope, k_cache, v_cache, position, *attributes]
+        sinks = [self.sinks] if c.sinks else []
+        shape = [c.num_heads, c.num_kv_heads, c.head_dim, c.value_dim, c.rotary_dim]
+        attributes = [*shape, c.attention_scale, c.window(self.index), int(c.sinks), c.qk_norm, c.rms_norm_eps]
+        width = c.num_heads * c.value_dim
+        args = [qkv, *norms, *sinks, rope, k_cache, v_cache, position, *attributes]
         return self.o(activate(_extern("attention", args, [qkv.shape[0], width]), fmt, width))
 
     def _experts(self, x: Tensor, normed: Tensor, moe: int) -> Tensor:
@@ -118,7 +153,7 @@ class Layer(nn.Module):
         n = x.shape[0]
         logits = self.router(normed)
         chosen: list[object] = [n, c.top_k]
-        ids, weights = _host_step("route", [logits], moe, [(chosen, "int32"), (chosen, "float32")])
+        ids, weights = _host_step("route", [logits], [moe, c.router_groups, c.router_top_groups], [(chosen, "int32"), (chosen, "float32")])
         if c.shared_ffn_size:
             shared = self.shared(activate(normed, self.quantisation["dense"], c.hidden_size))
             x = _extern("gated_add", [shared, self.shared_gate(normed), x], [n, c.hidden_size]) if c.shared_gate else op.add(x, shared)
@@ -129,7 +164,7 @@ class Layer(nn.Module):
         rows, _scratch = _host_step(
             "experts",
             [activate(normed, fmt, c.hidden_size), ids],
-            moe,
+            [moe],
             [([n * c.top_k, c.hidden_size], "float32"), (scratch, FORMATS[fmt].activation_dtype)],
         )
         return _extern("combine", [x, rows, weights, c.top_k], [n, c.hidden_size])
@@ -142,7 +177,7 @@ class Decoder(nn.Module):
         self.config, self.quantisation = config, quantisation
         embedding = FORMATS[quantisation["embedding"]]
         self.embedding = nn.Parameter((packed_size(embedding, config.hidden_size, config.vocab_size),), embedding.dtype)
-        self.inverse_frequencies = nn.Parameter((config.head_dim // 2,), "float32")
+        self.inverse_frequencies = nn.Parameter((config.rotary_dim // 2,), "float32")
         self.layers = nn.ModuleList([Layer(config, quantisation, i) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
@@ -153,7 +188,7 @@ class Decoder(nn.Module):
         c = self.config
         attributes = [self.quantisation["embedding"], c.vocab_size, c.hidden_size]
         x = _extern("embedding", [tokens, self.embedding, *attributes], [tokens.shape[0], c.hidden_size])
-        rope = _extern("rope", [self.inverse_frequencies, position, c.head_dim], [tokens.shape[0], c.head_dim])
+        rope = _extern("rope", [self.inverse_frequencies, position, c.rotary_dim, c.rope.amplitude], [tokens.shape[0], c.rotary_dim])
         for layer, k_cache, v_cache in zip(self.layers, k_caches, v_caches, strict=True):
             x = layer(x, rope, k_cache, v_cache, position)
         return x
@@ -176,7 +211,7 @@ class Decoder(nn.Module):
         c = self.config
         dtype = self.quantisation.kv_dtype
         keys = [nn.spec.Tensor([c.num_kv_heads, "blocks", c.head_dim, 16], dtype) for _ in range(c.num_layers)]
-        values = [nn.spec.Tensor([c.num_kv_heads, "context", c.head_dim], dtype) for _ in range(c.num_layers)]
+        values = [nn.spec.Tensor([c.num_kv_heads, "context", c.value_dim], dtype) for _ in range(c.num_layers)]
 
         def program(rows: int | str) -> dict[str, object]:
             return {

@@ -25,7 +25,9 @@ def footprint_of_checkpoint(model: Path, quant: str = "mixed", context_size: int
         raise CFMoEError(f"--quant {quant} is unknown; known are {', '.join(PRESETS)}")
     config, _ = resolve(Checkpoint(model).config, str(model / "config.json"))
     quantisation = Quantisation.named(quant)
-    record = sum(size for _, size in record_sections(quantisation["expert"], config.hidden_size, config.expert_ffn_size).values())
+    record = sum(
+        size for _, size in record_sections(quantisation["expert"], config.hidden_size, config.expert_ffn_size, config.expert_bias).values()
+    )
     context = min(config.context_size, context_size or DEFAULT_CONTEXT)
     return Footprint(
         model.resolve().name,
@@ -48,7 +50,7 @@ def _matrix(kind: str, width: int, outputs: int) -> int:
 
 def _weights_bytes(c: DecoderConfig, q: Quantisation) -> int:
     """Always-resident matrices; vectors are too small to count."""
-    attention = _matrix(q["attention"], c.hidden_size, c.qkv_width) + _matrix(q["attention"], c.num_heads * c.head_dim, c.hidden_size)
+    attention = sum(_matrix(q["attention"], *shape) for shape in c.attention_matrices())
     total = c.num_layers * attention + _matrix(q["embedding"], c.hidden_size, c.vocab_size)
     if not c.tie_embeddings:
         total += _matrix(q["head"], c.hidden_size, c.vocab_size)

@@ -24,7 +24,7 @@ def mlc_chat_config(model: Path, c: DecoderConfig, quant: str, prefill_chunk: in
         "moe_intermediate_size": c.expert_ffn_size,
         "norm_topk_prob": c.router_renormalise,
         "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
+        "rope_theta": c.rope.theta,
         "tie_word_embeddings": c.tie_embeddings,
         "vocab_size": c.vocab_size,
         "context_window_size": c.context_size,

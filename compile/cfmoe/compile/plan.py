@@ -118,8 +118,11 @@ class _ProgramWriter:
         return {"scalar": _expression(arg)}
 
     def _host_step(self, name: str, args: list[Any]) -> None:
+        options: dict[str, int] = {}
         if name == "cfmoe.route":
-            logits, layer, ids, weights = args
+            logits, layer, groups, top_groups, ids, weights = args
+            if int(groups.value) > 1:
+                options = {"groups": int(groups.value), "top_groups": int(top_groups.value)}
             names = {"logits": logits, "ids": ids, "weights": weights}
         elif name == "cfmoe.experts":
             activation, ids, layer, rows, scratch = args
@@ -127,7 +130,7 @@ class _ProgramWriter:
         else:
             raise AssertionError(f"the runtime has no step {name}")
         fields = {key: self.values[arg] for key, arg in names.items()}
-        self.steps.append({"op": name.removeprefix("cfmoe."), "layer": int(layer.value), **fields})
+        self.steps.append({"op": name.removeprefix("cfmoe."), "layer": int(layer.value), **options, **fields})
 
 
 def symbol_bounds(config: DecoderConfig, chunk: int) -> dict[str, int]:
@@ -159,7 +162,7 @@ def emit(
             "dtype": quantisation.kv_dtype,
             "layers": c.num_layers,
             "k_shape": [c.num_kv_heads, ["floordiv", "context", _K_LANES], c.head_dim, _K_LANES],
-            "v_shape": [c.num_kv_heads, "context", c.head_dim],
+            "v_shape": [c.num_kv_heads, "context", c.value_dim],
         },
         "experts": {
             "gate_up": {

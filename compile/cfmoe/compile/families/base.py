@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfmoe.compile.decoder_config import DecoderConfig
+from cfmoe.compile.rope import KINDS, Rope
 from cfmoe.errors import CFMoEError
 
 
@@ -28,10 +29,14 @@ class ConfigReader:
             raise self.fail(field, f"is {value!r}, but must be an integer from {low} to {high}")
         return value
 
-    def number(self, field: str, default: float | None = None) -> float:
-        value = self.config.get(field, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.fail(field, f"is {value!r}, but must be a number")
+    def number(self, field: str, default: float | None = None, *, low: float = -1e9, high: float = 1e9) -> float:
+        """A number in [low, high], which may be null where there is a default."""
+        value = self.config.get(field)
+        return self._bounded(field, default if value is None else value, low, high)
+
+    def _bounded(self, field: str, value: Any, low: float, high: float) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise self.fail(field, f"is {value!r}, but must be a number from {low:g} to {high:g}")
         return float(value)
 
     def boolean(self, field: str, default: bool) -> bool:
@@ -48,19 +53,53 @@ class ConfigReader:
             raise self.fail(field, f"is {value!r}, but must be null, a token id below vocab_size = {vocab} or a list of them")
         return tuple(values)
 
-    def rope_theta(self) -> float:
-        """The base of the rotary embedding, in either place that transformers has put it. Scaled variants are refused."""
+    def rope(self, theta: float = 10000.0) -> Rope:
+        """The rotary embedding, from either place that transformers has put its parameters; `theta` is the family's default base."""
         parameters = self.config.get("rope_parameters") or {}
         scaling = self.config.get("rope_scaling") or parameters
-        if not isinstance(scaling, dict) or not isinstance(parameters, dict):
-            raise self.fail("rope_scaling", f"is {scaling!r}, but must be an object or null")
+        for field, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+            if not isinstance(value, dict):
+                raise self.fail(field, f"is {value!r}, but must be an object or null")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise self.fail("rope_scaling", f"has type {kind!r}; supported is 'default'")
-        theta = parameters.get("rope_theta", self.config.get("rope_theta", 10000.0))
-        if not isinstance(theta, (int, float)) or not theta > 1:
-            raise self.fail("rope_theta", f"is {theta!r}, but must be a number above 1")
-        return float(theta)
+        if kind not in KINDS:
+            raise self.fail("rope_scaling", f"has type {kind!r}; supported are {', '.join(map(repr, KINDS))}")
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise self.fail("rope_scaling", f"has partial_rotary_factor {scaling['partial_rotary_factor']!r}; supported is 1.0")
+        base = parameters.get("rope_theta", self.config.get("rope_theta"))
+        base = self._bounded("rope_theta", theta if base is None else base, 1.001, 1e12)
+        if kind == "default":
+            return Rope(base)
+        context = self.integer("max_position_embeddings", 2048)
+
+        def read(name: str, default: float | None, low: float, high: float) -> float:
+            value = scaling.get(name)
+            return self._bounded(f"rope_scaling.{name}", default if value is None else value, low, high)
+
+        original = int(read("original_max_position_embeddings", self.number("original_max_position_embeddings", context), 1, 1 << 24))
+        factor = read("factor", context / original if kind == "yarn" else None, 1.0, 1e6)
+        if kind == "linear":
+            return Rope(base, kind, factor)
+        if kind == "llama3":
+            low, high = read("low_freq_factor", None, 1e-6, 1e6), read("high_freq_factor", None, 1e-6, 1e6)
+            if not low < high:
+                raise self.fail("rope_scaling.low_freq_factor", f"is {low:g}, but must be below high_freq_factor = {high:g}")
+            return Rope(base, kind, factor, original, low, high)
+        truncate = scaling.get("truncate", True)
+        if not isinstance(truncate, bool):
+            raise self.fail("rope_scaling.truncate", f"is {truncate!r}, but must be true or false")
+        amplitude = scaling.get("attention_factor")
+        return Rope(
+            base,
+            kind,
+            factor,
+            original,
+            beta_fast=read("beta_fast", 32.0, 1e-6, 1e6),
+            beta_slow=read("beta_slow", 1.0, 1e-6, 1e6),
+            truncate=truncate,
+            attention_factor=None if amplitude is None else read("attention_factor", None, 1e-6, 1e6),
+            mscale=read("mscale", 0.0, 0.0, 1e3),
+            mscale_all_dim=read("mscale_all_dim", 0.0, 0.0, 1e3),
+        )
 
     def require(self, field: str, allowed: Any, default: Any) -> None:
         """Refuses a value that would change the computation in a way that the decoder does not know."""
@@ -68,12 +107,16 @@ class ConfigReader:
         if value != allowed:
             raise self.fail(field, f"is {value!r}; supported is {allowed!r}")
 
-    def common(self) -> dict[str, Any]:
-        """The fields that all families share, as DecoderConfig arguments."""
+    def common(self, *, rope_theta: float = 10000.0, rms_norm_eps: float = 1e-6, head_dim: int | None = None) -> dict[str, Any]:
+        """The fields that all families share, as DecoderConfig arguments.
+
+        `rope_theta` and `rms_norm_eps` are the family's defaults, `head_dim` what follows from other fields.
+        """
         heads = self.integer("num_attention_heads", high=1 << 12)
         hidden = self.width("hidden_size")
         kv_heads = self.integer("num_key_value_heads", heads, high=1 << 12)
-        head_dim = self.width("head_dim", hidden // heads, high=1024)
+        if head_dim is None:
+            head_dim = self.width("head_dim", hidden // heads, high=1024)
         if heads % kv_heads:
             raise self.fail("num_attention_heads", f"is {heads}, but must be a multiple of num_key_value_heads = {kv_heads}")
         self.require("hidden_act", "silu", "silu")
@@ -85,8 +128,8 @@ class ConfigReader:
             "num_heads": heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
-            "rms_norm_eps": self.number("rms_norm_eps", 1e-6),
-            "rope_theta": self.rope_theta(),
+            "rms_norm_eps": self.number("rms_norm_eps", rms_norm_eps, low=0.0, high=1.0),
+            "rope": self.rope(rope_theta),
             "tie_embeddings": self.boolean("tie_word_embeddings", False),
             "bos_token_id": next(iter(self.token_ids("bos_token_id")), None),
             "eos_token_ids": self.token_ids("eos_token_id"),
@@ -99,9 +142,14 @@ class ConfigReader:
             raise self.fail(field, f"is {value}, but must be a multiple of 32")
         return value
 
-    def experts(self, ffn_field: str) -> dict[str, Any]:
-        """The routed experts, as DecoderConfig arguments; their number goes by either name that transformers has given it."""
-        count_field = "num_experts" if "num_experts" in self.config else "num_local_experts"
+    def experts(self, ffn_field: str, *, count_field: str | None = None, renormalise: bool | None = None) -> dict[str, Any]:
+        """The routed experts, as DecoderConfig arguments.
+
+        Their number goes by either name that transformers has given it, unless `count_field` says which. `renormalise` is for families
+        that leave no choice.
+        """
+        if count_field is None:
+            count_field = "num_experts" if "num_experts" in self.config else "num_local_experts"
         count = self.integer(count_field, high=4096)
         top_k = self.integer("num_experts_per_tok", high=64)
         if top_k > count:
@@ -110,8 +158,12 @@ class ConfigReader:
             "num_experts": count,
             "top_k": top_k,
             "expert_ffn_size": self.width(ffn_field),
-            "router_renormalise": self.boolean("norm_topk_prob", False),
+            "router_renormalise": self.boolean("norm_topk_prob", False) if renormalise is None else renormalise,
         }
+
+    def window(self, field: str = "sliding_window") -> int:
+        """How many tokens back attention sees; 0, as null does, means all."""
+        return 0 if self.config.get(field) is None else self.integer(field, low=0)
 
     def moe_layers(self, layers: int) -> tuple[int, ...]:
         """Qwen's rule: every decoder_sparse_step-th layer that is not in mlp_only_layers."""
@@ -134,16 +186,13 @@ class WeightNames:
     head: str = "lm_head.weight"
     input_norm: str = "model.layers.{l}.input_layernorm.weight"
     post_norm: str = "model.layers.{l}.post_attention_layernorm.weight"
-    q: str = "model.layers.{l}.self_attn.q_proj"
-    k: str = "model.layers.{l}.self_attn.k_proj"
-    v: str = "model.layers.{l}.self_attn.v_proj"
-    o: str = "model.layers.{l}.self_attn.o_proj"
-    q_norm: str = "model.layers.{l}.self_attn.q_norm.weight"
-    k_norm: str = "model.layers.{l}.self_attn.k_norm.weight"
-    router: str = "model.layers.{l}.mlp.gate.weight"
-    expert: str = "model.layers.{l}.mlp.experts.{e}.{part}_proj.weight"
+    attention: str = "model.layers.{l}.self_attn."
+    router: str = "model.layers.{l}.mlp.gate"
+    expert: str = "model.layers.{l}.mlp.experts.{e}.{part}.weight"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     fused_gate_up: str = "model.layers.{l}.mlp.experts.gate_up_proj"
     fused_down: str = "model.layers.{l}.mlp.experts.down_proj"
+    fused_transposed: bool = False  # [experts, inputs, outputs], gate and up alternating in the outputs: gpt-oss
     dense: str = "model.layers.{l}.mlp.{part}_proj.weight"
     shared: str = "model.layers.{l}.mlp.shared_expert.{part}_proj.weight"
     shared_gate: str = "model.layers.{l}.mlp.shared_expert_gate.weight"
@@ -156,3 +205,4 @@ class Family:
     model_type: str
     configure: Callable[[ConfigReader], DecoderConfig]
     names: WeightNames = WeightNames()
+    packed_weights: str | None = None  # the one quant_method of quantization_config that is read

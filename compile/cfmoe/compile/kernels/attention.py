@@ -38,11 +38,19 @@ MIN_PARALLEL_SCORES = 1 << 18
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer. `qk_norm`: none, head (a weight of head_dim) or vector (a weight over all heads)."""
+    """One attention layer. `qk_norm`: none, head (a weight of head_dim) or vector (a weight over all heads).
+
+    The first `rotary` elements of queries and keys are rotated. `window`: how many tokens back a token sees, itself included; 0: all.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
+    rotary: int
+    scale: float
+    window: int
+    sinks: bool
     qk_norm: str
     eps: float
     kv_dtype: str
@@ -50,18 +58,18 @@ class AttentionShape:
 
     @property
     def qkv_width(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.heads + self.kv_heads) * self.head_dim + self.kv_heads * self.value_dim
 
 
 def attention(name: str, shape: AttentionShape) -> tirx.PrimFunc:
-    """(qkv fp32 [n, …], [q_norm, k_norm fp32], rope fp32 [n, head_dim], k, v caches, position, out fp32 [n, heads * head_dim]).
+    """(qkv fp32 [n, …], [q_norm, k_norm fp32], [sinks fp32 [heads]], rope fp32 [n, rotary], k, v caches, position, out fp32
+    [n, heads * value_dim]).
 
-    Writes keys and values of the n tokens at `position` into the caches, then attends to everything up to each token. `rope` is
+    Writes keys and values of the n tokens at `position` into the caches, then attends to what each token sees. `rope` is
     what `rope` below returns. Softmax is the online form (Milakov & Gimelshein 2018) over blocks of 16 positions, aligned to
     position 0, so chunking does not change a result.
     """
-    heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
-    half = dim // 2
+    heads, kv_heads, dim, value_dim = shape.heads, shape.kv_heads, shape.head_dim, shape.value_dim
 
     def body() -> None:
         n = i64(shape.rows) if shape.rows is not None else symbol()
@@ -71,74 +79,35 @@ def attention(name: str, shape: AttentionShape) -> tirx.PrimFunc:
         if shape.qk_norm != "none":
             scale = (1, 1) if shape.qk_norm == "head" else (heads, kv_heads)
             norms = (tensor("q_norm", (scale[0] * dim,), "float32"), tensor("k_norm", (scale[1] * dim,), "float32"))
-        rope = tensor("rope", (n, dim), "float32")
+        sinks = tensor("sinks", (heads,), "float32") if shape.sinks else None
+        rope = tensor("rope", (n, shape.rotary), "float32")
         keys = tensor("k_cache", (kv_heads, blocks, dim, LANES), shape.kv_dtype)
-        values = tensor("v_cache", (kv_heads, context, dim), shape.kv_dtype)
+        values = tensor("v_cache", (kv_heads, context, value_dim), shape.kv_dtype)
         position = scalar("position")
-        out = tensor("out", (n, heads * dim), "float32")
-
-        def inverse_rms(row: Expr, first: Expr, width: int) -> Expr:
-            acc = local(LANES)
-            store(acc, splat(f32(0.0), LANES), i64(0), lanes=LANES)
-            with loop(width // LANES) as j:
-                v = let(load(qkv, row, first + j * i64(LANES), lanes=LANES))
-                store(acc, load(acc, i64(0), lanes=LANES) + v * v, i64(0), lanes=LANES)
-            return let(f32(1.0) / T.sqrt(reduce_sum(load(acc, i64(0), lanes=LANES)) / f32(float(width)) + f32(shape.eps)))
-
-        def rotated(row: Expr, first: Expr, head: Expr, which: int, at: Expr, whole: Expr | None) -> tuple[Expr, Expr]:
-            """Elements at…at+lanes of both halves of a head, normalised and rotated."""
-            a = load(qkv, row, first + at, lanes=LANES)
-            b = load(qkv, row, first + i64(half) + at, lanes=LANES)
-            if norms is not None:
-                offset = i64(0) if shape.qk_norm == "head" else head * i64(dim)
-                inverse = splat(whole, LANES)
-                a = a * inverse * load(norms[which], offset + at, lanes=LANES)
-                b = b * inverse * load(norms[which], offset + i64(half) + at, lanes=LANES)
-            a, b = let(a), let(b)
-            cos = let(load(rope, row, at, lanes=LANES))
-            sin = let(load(rope, row, i64(half) + at, lanes=LANES))
-            return let(a * cos - b * sin), let(b * cos + a * sin)
-
-        def inverse_for(row: Expr, first: Expr, begin: int, count: int) -> Expr | None:
-            if norms is None:
-                return None
-            if shape.qk_norm == "head":
-                return inverse_rms(row, first, dim)
-            return inverse_rms(row, i64(begin), count * dim)
+        out = tensor("out", (n, heads * value_dim), "float32")
+        rotate = _Rotation(shape, qkv, norms, rope)
 
         with loop(n, parallel=shape.rows != 1) as row:
-            with loop(heads) as head:
-                first = let(head * i64(dim))
-                whole = inverse_for(row, first, 0, heads)
-                with loop(half // LANES) as j:
-                    at = let(j * i64(LANES))
-                    a, b = rotated(row, first, head, 0, at, whole)
-                    store(out, a, row, first + at, lanes=LANES)
-                    store(out, b, row, first + i64(half) + at, lanes=LANES)
             place = let(position + row)
             block, lane = let(T.floordiv(place, i64(LANES))), let(T.floormod(place, i64(LANES)))
             with loop(kv_heads) as head:
-                first = let((i64(heads) + head) * i64(dim))
-                whole = inverse_for(row, first, heads * dim, kv_heads)
-                with loop(half // LANES) as j:
+                staged = local(dim)
+                rotate.emit(staged, row, head, key=True)
+                with loop(dim) as d:
+                    T.buffer_store(keys, T.Cast(shape.kv_dtype, staged[d]), [head, block, d, lane])
+                with loop(value_dim // LANES) as j:
                     at = let(j * i64(LANES))
-                    pair = rotated(row, first, head, 1, at, whole)
-                    staged = local(2 * LANES)
-                    for part, value in enumerate(pair):
-                        store(staged, value, i64(part * LANES), lanes=LANES)
-                    for part in range(2):
-                        for d in range(LANES):
-                            element = T.Cast(shape.kv_dtype, staged[i64(part * LANES + d)])
-                            T.buffer_store(keys, element, [head, block, i64(part * half) + at + i64(d), lane])
-                with loop(dim // LANES) as j:
-                    at = let(j * i64(LANES))
-                    source = let(i64((heads + kv_heads) * dim) + head * i64(dim) + at)
+                    source = let(i64((heads + kv_heads) * dim) + head * i64(value_dim) + at)
                     value = load(qkv, row, source, lanes=LANES)
                     store(values, T.Cast(f"{shape.kv_dtype}x{LANES}", value), head, place, at, lanes=LANES)
 
         def attend_all(parallel: bool) -> None:
             with loop(n * i64(heads), parallel=parallel) as item:
-                _attend(shape, out, keys, values, let(T.floordiv(item, i64(heads))), let(T.floormod(item, i64(heads))), position)
+                row, head = let(T.floordiv(item, i64(heads))), let(T.floormod(item, i64(heads)))
+                query = local(dim)
+                rotate.emit(query, row, head, key=False)
+                sink = sinks[head] if sinks is not None else None
+                _attend(shape, query, out, keys, values, row, head, position, sink)
 
         if shape.rows != 1:
             attend_all(parallel=True)
@@ -152,48 +121,144 @@ def attention(name: str, shape: AttentionShape) -> tirx.PrimFunc:
     return build(name, {}, body)
 
 
-def rope(name: str, rows: int | None, head_dim: int) -> tirx.PrimFunc:
-    """(inverse frequencies fp32 [head_dim / 2], position, out fp32 [n, head_dim]): cosines, then sines, of n positions.
+@dataclass(frozen=True)
+class _Rotation:
+    """Norm and rotary embedding of one head's query or key."""
+
+    shape: AttentionShape
+    qkv: Buffer
+    norms: tuple[Buffer, Buffer] | None
+    rope: Buffer
+
+    def emit(self, out: Buffer, row: Expr, head: Expr, key: bool) -> None:
+        """Writes head_dim elements to `out`: the rotated ones first, as in the head."""
+        dim, half = self.shape.head_dim, self.shape.rotary // 2
+        begin = self.shape.heads * dim if key else 0
+        first = let(i64(begin) + head * i64(dim))
+        inverse = self._inverse_rms(row, first, begin, key)
+
+        def element(at: Expr) -> Expr:
+            value = load(self.qkv, row, first + at, lanes=LANES)
+            if self.norms is not None:
+                offset = i64(0) if self.shape.qk_norm == "head" else head * i64(dim)
+                value = value * splat(inverse, LANES) * load(self.norms[key], offset + at, lanes=LANES)
+            return let(value)
+
+        with loop(half // LANES) as j:
+            at = let(j * i64(LANES))
+            a, b = element(at), element(i64(half) + at)
+            cos = let(load(self.rope, row, at, lanes=LANES))
+            sin = let(load(self.rope, row, i64(half) + at, lanes=LANES))
+            store(out, a * cos - b * sin, at, lanes=LANES)
+            store(out, b * cos + a * sin, i64(half) + at, lanes=LANES)
+        if self.shape.rotary < dim:
+            with loop((dim - self.shape.rotary) // LANES) as j:
+                at = let(i64(self.shape.rotary) + j * i64(LANES))
+                store(out, element(at), at, lanes=LANES)
+
+    def _inverse_rms(self, row: Expr, first: Expr, begin: int, key: bool) -> Expr | None:
+        if self.norms is None:
+            return None
+        start, width = first, self.shape.head_dim
+        if self.shape.qk_norm == "vector":
+            start, width = i64(begin), (self.shape.kv_heads if key else self.shape.heads) * self.shape.head_dim
+        acc = local(LANES)
+        store(acc, splat(f32(0.0), LANES), i64(0), lanes=LANES)
+        with loop(width // LANES) as j:
+            v = let(load(self.qkv, row, start + j * i64(LANES), lanes=LANES))
+            store(acc, load(acc, i64(0), lanes=LANES) + v * v, i64(0), lanes=LANES)
+        return let(f32(1.0) / T.sqrt(reduce_sum(load(acc, i64(0), lanes=LANES)) / f32(float(width)) + f32(self.shape.eps)))
+
+
+def latent_heads(name: str, rows: int | None, heads: int, rope: int, nope: int, value: int) -> tirx.PrimFunc:
+    """(q fp32 [n, heads * (rope + nope)], k_rope fp32 [n, rope], kv fp32 [n, heads * (nope + value)], out fp32 [n, …]).
+
+    Expands latent attention to plain heads, out = q | heads of (k_rope, nope part of the head) | values; `kv` holds the nope parts of
+    all heads, then the values of all heads.
+    """
+    dim = rope + nope
+
+    def body() -> None:
+        n = i64(rows) if rows is not None else symbol()
+        q = tensor("q", (n, heads * dim), "float32")
+        k_rope = tensor("k_rope", (n, rope), "float32")
+        kv = tensor("kv", (n, heads * (nope + value)), "float32")
+        out = tensor("out", (n, heads * (2 * dim + value)), "float32")
+
+        def copy(source: Buffer, row: Expr, start: Expr, target: Expr, width: int) -> None:
+            with loop(width // LANES) as j:
+                at = let(j * i64(LANES))
+                store(out, load(source, row, start + at, lanes=LANES), row, target + at, lanes=LANES)
+
+        with loop(n, parallel=rows != 1) as row:
+            copy(q, row, i64(0), i64(0), heads * dim)
+            with loop(heads) as head:
+                target = let(i64(heads * dim) + head * i64(dim))
+                copy(k_rope, row, i64(0), target, rope)
+                copy(kv, row, head * i64(nope), target + i64(rope), nope)
+            copy(kv, row, i64(heads * nope), i64(2 * heads * dim), heads * value)
+
+    return build(name, {}, body)
+
+
+def rope(name: str, rows: int | None, width: int, amplitude: float) -> tirx.PrimFunc:
+    """(inverse frequencies fp32 [width / 2], position, out fp32 [n, width]): cosines, then sines, of n positions, times `amplitude`.
 
     Rotary position embedding, Su et al. 2021, in the half-split arrangement.
     """
-    half = head_dim // 2
+    half = width // 2
 
     def body() -> None:
         n = i64(rows) if rows is not None else symbol()
         frequencies = tensor("inverse_frequencies", (half,), "float32")
         position = scalar("position")
-        out = tensor("out", (n, head_dim), "float32")
+        out = tensor("out", (n, width), "float32")
         with loop(n) as row, loop(half) as j:
             angle = let(T.Cast("float32", position + row) * frequencies[j])
-            T.buffer_store(out, T.cos(angle), [row, j])
-            T.buffer_store(out, T.sin(angle), [row, i64(half) + j])
+            T.buffer_store(out, T.cos(angle) * f32(amplitude), [row, j])
+            T.buffer_store(out, T.sin(angle) * f32(amplitude), [row, i64(half) + j])
 
     return build(name, {}, body)
 
 
-def _attend(shape: AttentionShape, out: Buffer, keys: Buffer, values: Buffer, row: Expr, head: Expr, position: Expr) -> None:
-    """Replaces the query in out[row, head] by the attention output."""
-    dim = shape.head_dim
+def _attend(
+    shape: AttentionShape,
+    query: Buffer,
+    out: Buffer,
+    keys: Buffer,
+    values: Buffer,
+    row: Expr,
+    head: Expr,
+    position: Expr,
+    sink: Expr | None,
+) -> None:
+    """Writes the attention output of `query` to out[row, head]."""
+    dim, value_dim = shape.head_dim, shape.value_dim
     vector = f"float32x{LANES}"
-    first = let(head * i64(dim))
+    first = let(head * i64(value_dim))
     kv = let(T.floordiv(head, i64(shape.heads // shape.kv_heads)))
     last = let(position + row)
-    acc, weights = local(dim), local(LANES)
+    acc, weights = local(value_dim), local(LANES)
     state = local(2)  # running maximum, running sum
-    T.buffer_store(state, f32(NEGATIVE), [i64(0)])
-    T.buffer_store(state, f32(0.0), [i64(1)])
-    with loop(dim // LANES) as j:
+    T.buffer_store(state, f32(NEGATIVE) if sink is None else sink, [i64(0)])
+    T.buffer_store(state, f32(0.0 if sink is None else 1.0), [i64(1)])
+    with loop(value_dim // LANES) as j:
         store(acc, splat(f32(0.0), LANES), j * i64(LANES), lanes=LANES)
     scores = local(LANES)
-    with T.serial(i64(0), T.floordiv(last, i64(LANES)) + i64(1)) as block:
+    oldest = let(T.max(last - i64(shape.window - 1), i64(0))) if shape.window else i64(0)
+    begin = let(T.floordiv(oldest, i64(LANES))) if shape.window else i64(0)
+    with T.serial(i64(0), T.floordiv(last, i64(LANES)) + i64(1) - begin) as step:
+        block = let(begin + step)
         store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
         with loop(dim) as d:
             key = T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES))
-            store(scores, load(scores, i64(0), lanes=LANES) + splat(out[row, first + d], LANES) * key, i64(0), lanes=LANES)
-        scaled = let(load(scores, i64(0), lanes=LANES) * splat(f32(dim**-0.5), LANES))
+            store(scores, load(scores, i64(0), lanes=LANES) + splat(query[d], LANES) * key, i64(0), lanes=LANES)
+        scaled = let(load(scores, i64(0), lanes=LANES) * splat(f32(shape.scale), LANES))
         here = T.Ramp(T.Cast("int32", block * i64(LANES)), tirx.IntImm("int32", 1), LANES)
-        masked = let(T.Select(here <= splat(T.Cast("int32", last), LANES), scaled, splat(f32(NEGATIVE), LANES)))
+        seen = here <= splat(T.Cast("int32", last), LANES)
+        masked = let(T.Select(seen, scaled, splat(f32(NEGATIVE), LANES)))
+        if shape.window:
+            masked = let(T.Select(here >= splat(T.Cast("int32", oldest), LANES), masked, splat(f32(NEGATIVE), LANES)))
         old = let(state[i64(0)])
         peak = let(T.max(old, reduce_max(masked)))
         fade = exp(old - peak, 1)
@@ -201,13 +266,13 @@ def _attend(shape: AttentionShape, out: Buffer, keys: Buffer, values: Buffer, ro
         T.buffer_store(state, peak, [i64(0)])
         T.buffer_store(state, state[i64(1)] * fade + reduce_sum(p), [i64(1)])
         store(weights, p, i64(0), lanes=LANES)
-        with loop(dim // LANES) as j:
+        with loop(value_dim // LANES) as j:
             at = let(j * i64(LANES))
             total = let(load(acc, at, lanes=LANES) * splat(fade, LANES))
             for offset in range(LANES):
                 value = T.Cast(vector, load(values, kv, block * i64(LANES) + i64(offset), at, lanes=LANES))
                 total = let(total + splat(weights[i64(offset)], LANES) * value)
             store(acc, total, at, lanes=LANES)
-    with loop(dim // LANES) as j:
+    with loop(value_dim // LANES) as j:
         at = let(j * i64(LANES))
         store(out, load(acc, at, lanes=LANES) / splat(state[i64(1)], LANES), row, first + at, lanes=LANES)

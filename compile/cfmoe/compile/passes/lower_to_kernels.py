@@ -24,15 +24,18 @@ def _emitters(simd: Simd) -> dict[str, Callable[[str, int | None, list[Any], Pac
         return linear.linear(name, simd, linear.LinearShape(a[0], a[1], a[2], rows, bias=bool(a[3]), residual=residual))
 
     def emit_attention(name: str, rows: int | None, a: list[Any], call: PackedCall) -> tirx.PrimFunc:
-        cache = call.tensors[-1].ty.dtype
-        return attention.attention(name, attention.AttentionShape(a[0], a[1], a[2], a[3], a[4], str(cache), rows))
+        heads, kv_heads, dim, value_dim, rotary, scale, window, sinks, qk_norm, eps = a
+        cache = str(call.tensors[-1].ty.dtype)
+        shape = attention.AttentionShape(heads, kv_heads, dim, value_dim, rotary, scale, window, bool(sinks), qk_norm, eps, cache, rows)
+        return attention.attention(name, shape)
 
     def width(call: PackedCall) -> int:
         return int(call.tensors[0].ty.shape[1])
 
     return {
         "embedding": lambda n, r, a, c: linear.embedding(n, a[0], a[1], a[2], r),
-        "rope": lambda n, r, a, c: attention.rope(n, r, a[0]),
+        "rope": lambda n, r, a, c: attention.rope(n, r, a[0], a[1]),
+        "latent_heads": lambda n, r, a, c: attention.latent_heads(n, r, *a),
         "rms_norm": lambda n, r, a, c: activation.rms_norm(n, r, width(c), a[0]),
         "rms_norm_quantise": lambda n, r, a, c: activation.rms_norm_quantise(n, r, width(c), a[0]),
         "quantise": lambda n, r, a, c: activation.quantise(n, r, width(c)),
