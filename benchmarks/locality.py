@@ -32,8 +32,9 @@ from torch.nn import functional
 sys.path[:0] = [str(Path(__file__).parent.parent / root) for root in ("common", "tune")]  # a machine that only measures needs no build
 
 from cfmoe.tune.checkpoint import load_model  # noqa: E402
-from cfmoe.tune.elastic import LoraSettings, adapt, merge, plan_ranks, save_adapter, trainable_parameters  # noqa: E402
+from cfmoe.tune.elastic import LoraSettings, adapt, load_adapter, merge, plan_ranks, save_adapter, trainable_parameters  # noqa: E402
 from cfmoe.tune.locality import KINDS, Locality, locality_loss, segment_ids  # noqa: E402
+from cfmoe.tune.own_text import OPENING, own_text  # noqa: E402
 from cfmoe.tune.routers import RouterRecorder, find_moe_layers  # noqa: E402
 from cfmoe.tune.schedule import QualityBudget, weight_at  # noqa: E402
 
@@ -160,24 +161,6 @@ def question_rows(path: Path, model: Path, length: int) -> Rows:
             wanted.append([False] * len(prompt) + [True] * len(answer) + [False] * rest)
             real.append([True] * (length - rest) + [False] * rest)
     return Rows(torch.tensor(tokens, dtype=torch.int32), torch.tensor(wanted), torch.tensor(real))
-
-
-@torch.no_grad()
-def own_text(base: Any, openings: Tensor, length: int, batch: int, seconds: float) -> np.ndarray:
-    """Rows that the base model writes after `openings` (rows, tokens), drawn at temperature 1: text that nobody knows by heart.
-
-    Ends early, after a whole batch, when `seconds` are over.
-    """
-    start, written = time.monotonic(), []
-    for first in range(0, len(openings), batch):
-        part = openings[first : first + batch].to(base.device, torch.int64)
-        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": 0}
-        rest = length - part.shape[1]
-        out = base.generate(part, attention_mask=torch.ones_like(part), min_new_tokens=rest, max_new_tokens=rest, use_cache=True, **options)
-        written.append(out.cpu().numpy().astype(np.uint16))
-        if time.monotonic() - start > seconds:
-            break
-    return np.concatenate(written)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +327,34 @@ def _plain(model: Any) -> Any:
     return merge(model.float()).bfloat16().float()
 
 
+def scaled(options: argparse.Namespace) -> None:
+    """Measures points between the base model and adapters: base + scale · (tuned − base), of each adapter and of their mean.
+
+    Wortsman et al., Robust fine-tuning of zero-shot models (arXiv:2109.01903) and Model soups (arXiv:2203.05482).
+    """
+    bench = Bench(options)
+    start = {name: value.clone() for name, value in bench.base.float().state_dict().items()}
+    paths = [Path(path) for path in options.adapters_in.split(",")]
+    changes = []
+    for path in paths:
+        tuned = merge(load_adapter(load_model(bench.model, torch.device(bench.device), "float32"), path)).state_dict()
+        changes.append({name: tuned[name] - value for name, value in start.items()})
+    mean = {name: torch.stack([change[name] for change in changes]).mean(0) for name in start}
+    named = ({"mean": mean} if len(paths) > 1 else {}) | {path.stem: change for path, change in zip(paths, changes, strict=True)}
+    for scale in map(float, options.scales.split(",")):
+        for name, change in named.items():
+            done = bench.out / f"scale-{scale:g}-{name}.json"
+            if done.exists():
+                continue
+            model = load_model(bench.model, torch.device(bench.device), "float32")
+            model.load_state_dict({key: (value + scale * change[key]).bfloat16().float() for key, value in start.items()})
+            measured = evaluate(model, bench.eval_rows, bench.device)
+            write_json(
+                done, {"run": {"name": done.stem, "adapter": "lora", "kind": "cache", "weight": scale}, "trained": 0, "eval": measured}
+            )
+            bench.say(f"{done.stem} measured")
+
+
 class Bench:
     """What all runs of a process share: the base model, the data and where results go."""
 
@@ -397,9 +408,10 @@ class Bench:
             return
         torch.manual_seed(0)
         picks = torch.randperm(len(self.train_rows))[:count]
-        written = own_text(self.base, self.train_rows.tokens[picks, :16], self.length, batch, seconds)
+        openings = self.train_rows.tokens[picks.to(self.train_rows.tokens.device), :OPENING].tolist()
+        written = own_text(self.base, openings, self.length, 0, batch, seconds)
         beside = self.out / "own.tmp.npy"
-        np.save(beside, written)
+        np.save(beside, np.array(written, np.uint16))
         os.replace(beside, self.out / "own.npy")
         self.say(f"the base model wrote {len(written)} rows")
 
@@ -478,6 +490,13 @@ def table(out: Path) -> list[dict[str, Any]]:
         now = {group: pooled(result["eval"], names) for group, names in groups.items()}
         line: dict[str, Any] = {key: result["run"].get(key) for key in ("name", "adapter", "kind", "weight", "budget", "seed", "steps")}
         line["trained_parameters"] = result["trained"]
+        text, quality = result["run"].get("text", "corpus"), result["run"].get("quality", "distill")
+        longer = text == "corpus" and result["run"].get("steps", 0) > 300
+        line["group"] = line["kind"] + (", longer" if longer else "") + (", own text" if text != "corpus" else "")
+        line["text"] = f"{text} {quality}"
+        line["distilled"] = quality == "distill"
+        line["settings"] = " ".join(f"{key} {value:g}" for key, value in result["run"].get("settings", {}).items() if value)
+        line["steps"] = f"{result['run'].get('steps', 0)} × {np.prod(result.get('batch', [0])) // 1024} Ki"
         for group, value in now.items():
             experts = len(value["chr"]) - 1
             line[f"loss_{group}"] = round(value["loss"], 4)
@@ -494,21 +513,41 @@ def report(options: argparse.Namespace) -> None:
     lines = table(options.out)
     write_json(options.out / "report.json", lines)
     columns = {
-        "name": "run",
+        "adapter": "adapter",
+        "kind": "loss",
+        "weight": "weight",
+        "settings": "settings",
+        "text": "text, quality",
+        "steps": "steps × tokens",
         "trained_parameters": "trained",
-        "perplexity_trained_percent": "Δppl %",
-        "perplexity_untouched_percent": "Δppl % untouched",
+        "perplexity_trained_percent": "ppl %",
+        "perplexity_untouched_percent": "ppl % untouched",
         "ecr_trained": "ECR",
         "chr25_trained": "CHR 25 %",
         "chr50_trained": "CHR 50 %",
         "chr75_trained": "CHR 75 %",
-        "saving_trained_percent": "memory saved %",
+        "saving_trained_percent": "saved %",
         "saving_untouched_percent": "saved % untouched",
     }
+    if options.picture is not None:
+        picture(options.picture, lines)
     print("| " + " | ".join(columns.values()) + " |")
     print("|" + "---|" * len(columns))
     for line in sorted(lines, key=lambda one: (one["adapter"], one["kind"], one["weight"] or 0)):
         print("| " + " | ".join(str(line.get(key, "")) for key in columns) + " |")
+
+
+def picture(path: Path, lines: list[dict[str, Any]]) -> None:
+    """What was saved against what perplexity rose, a curve per loss."""
+    from cfmoe.report.plots import Line
+    from cfmoe.report.plots import lines as draw
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line["adapter"] == "lora" and line["kind"] != "none" and line["distilled"] and 0 <= line["perplexity_trained_percent"] <= 2.5:
+            curves.setdefault(line["group"], []).append((line["perplexity_trained_percent"], line["saving_trained_percent"]))
+    drawn = {name: Line(*zip(*sorted(points), strict=True)) for name, points in sorted(curves.items()) if len(points) > 0}
+    draw(path, "Cache that is no longer needed for the base model's hit rate", drawn, "rise of perplexity, %", "memory saved, %")
 
 
 def best(options: argparse.Namespace) -> None:
@@ -559,6 +598,13 @@ def main() -> None:
     running.add_argument("--worker", dest="deadline", type=float, help=argparse.SUPPRESS)
     reporting = commands.add_parser("report")
     reporting.add_argument("--out", type=Path, required=True)
+    reporting.add_argument("--picture", type=Path, help="PNG to draw")
+    between = commands.add_parser("scale")
+    for name in ("--model", "--train", "--eval", "--out"):
+        between.add_argument(name, type=Path, required=True)
+    between.add_argument("--adapters", dest="adapters_in", required=True, help="adapter directories that runs kept, comma-separated")
+    between.add_argument("--scales", default="0.4,0.5,0.6,0.7,0.8,1")
+    between.set_defaults(device=None, batch=32, length=512, keep="", quiet=False, questions=None, eval_rows=1000)
     choosing = commands.add_parser("best")
     choosing.add_argument("--out", type=Path, required=True)
     choosing.add_argument("--limit", type=float, default=0.5, help="percent that perplexity may rise on the trained domains")
@@ -569,6 +615,8 @@ def main() -> None:
         report(options)
     elif options.command == "best":
         best(options)
+    elif options.command == "scale":
+        scaled(options)
     elif options.deadline is not None:
         work(options)
     else:

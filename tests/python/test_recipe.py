@@ -133,6 +133,21 @@ def test_other_adapters_are_merged_too(base: Recipe, adapter: str) -> None:
     assert (summary["trained_parameters"] == summary["model_parameters"]) == (adapter == "full")
 
 
+def test_text_of_its_own_continues_the_datas_beginnings(base: Recipe) -> None:
+    recipe = replace(base, own_text=10, distill=1.0)
+    model = load_model(base.model, torch.device("cpu"))
+    rows, _, pad = recipes.prepare_data(recipe, model)
+    written = recipes.own_rows(recipe, model, rows, pad, 1)
+    beginnings = {tuple(one.ids[:16]) for row in rows for one in row}
+    assert len(written) == 10 and all(len(row) == 1 and len(row[0].ids) == 48 for row in written)
+    assert all(tuple(row[0].ids[:16]) in beginnings for row in written)
+    assert len({tuple(row[0].ids[16:]) for row in written}) == 10
+    summary = follow(recipe)
+    assert summary["rows"]["train"] == 10 and summary["steps"] == 3
+    with pytest.raises(CFMoEError, match="it needs --distill 1"):
+        tune(replace(base, own_text=10))
+
+
 # --- what may not matter ----------------------------------------------------------------------------------------------------------
 
 

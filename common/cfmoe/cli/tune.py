@@ -44,6 +44,10 @@ def tune(
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="Examples or documents to use at most.")] = None,
     held_out: Annotated[float, typer.Option("--held-out", min=0.0, max=0.9, help="Share of every domain to measure on.")] = 0.05,
     max_length: Annotated[int, typer.Option("--max-length", min=16, help="Tokens of a packed row, and of a sequence at most.")] = 512,
+    own_text: Annotated[
+        int,
+        typer.Option("--own-text", min=0, help="Train on so many rows that the model writes itself, begun with the data's first words."),
+    ] = 0,
     adapter: Annotated[
         Adapter, typer.Option("--adapter", help="lora: attention, experts and routers. router: the routers alone. full: everything.")
     ] = Adapter.lora,
@@ -132,6 +136,7 @@ def tune(
         limit=limit,
         held_out=held_out,
         max_length=max_length,
+        own_text=own_text,
         adapter=adapter.value,
         rank=rank,
         alpha=alpha,

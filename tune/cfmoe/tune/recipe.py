@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import transformers
 
 from cfmoe.errors import CFMoEError, os_error
 from cfmoe.tune.checkpoint import DTYPES, load_model, load_tokenizer, pick_device
-from cfmoe.tune.data import Row, collate, encode_documents, encode_examples, end_token, fitting, pack, read_documents, split
+from cfmoe.tune.data import Row, Tokens, collate, encode_documents, encode_examples, end_token, fitting, pack, read_documents, split
 from cfmoe.tune.elastic import (
     ADAPTERS,
     LoraSettings,
@@ -33,6 +34,7 @@ from cfmoe.tune.elastic import (
 )
 from cfmoe.tune.locality import KINDS, Locality, has_predecessor
 from cfmoe.tune.output import check_replaceable
+from cfmoe.tune.own_text import OPENING, own_text
 from cfmoe.tune.routers import MoELayer, RouterRecorder, find_moe_layers
 from cfmoe.tune.tasks import examples, pick_task
 from cfmoe.tune.trainer import LocalityTrainer, Objective, shared_experts
@@ -54,6 +56,7 @@ class Recipe:
     limit: int | None = None
     held_out: float = 0.05
     max_length: int = 512
+    own_text: int = 0
     # what is trained
     adapter: str = "lora"
     rank: int = 16
@@ -112,6 +115,8 @@ class Recipe:
             found.append("--quality-budget does nothing with --locality none")
         if self.locality == "none" and self.distill == 1:
             found.append("--distill 1 with --locality none would train the model to be what it is")
+        if self.own_text and self.distill_share < 1:
+            found.append("--own-text teaches nothing but what the base model says, so it needs --distill 1")
         if self.early_stopping is not None and self.evaluate_every is None:
             found.append("--early-stopping needs --evaluate-every")
         return found
@@ -133,6 +138,8 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
     model = _load(recipe, arguments.device)
     layers = find_moe_layers(model)
     train, held, pad = prepare_data(recipe, model)
+    if recipe.own_text:
+        train = own_rows(recipe, model, train, pad, arguments.world_size, progress)
     _set_steps(recipe, arguments, len(train))
     ecr = profile_rows(model, layers, train[:_PROFILED_ROWS], pad, recipe.max_length)
     ranks = None
@@ -277,6 +284,25 @@ def prepare_data(recipe: Recipe, model: Any) -> tuple[list[Row], list[Row], int]
         raise CFMoEError(f"--held-out {recipe.held_out} of the data leaves nothing to measure on; use a larger share or more data")
     pad = config.pad_token_id
     return train, held, pad if isinstance(pad, int) and pad >= 0 else end or 0
+
+
+def own_rows(
+    recipe: Recipe, model: Any, rows: Sequence[Row], pad: int, processes: int, progress: ProgressCallback | None = None
+) -> list[Row]:
+    """Rows that the model writes itself, opened with the beginnings of sequences of `rows`; the first process writes them for all."""
+    openings = [one.ids[:OPENING] for row in rows for one in row if len(one.ids) >= OPENING]
+    if not openings:
+        raise CFMoEError(f"--own-text needs texts of at least {OPENING} tokens to begin with; use longer ones")
+    chosen = random.Random(recipe.seed).choices(openings, k=recipe.own_text)
+    written: list[Any] = [None]
+    if int(os.environ.get("RANK", "0")) == 0:
+        batch = 64 if model.device.type == "cpu" else 1024
+        written = [own_text(model, chosen, recipe.max_length, pad, batch, progress=progress)]
+    if processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(written)
+    return [[Tokens(ids, 1)] for ids in written[0]]
 
 
 def _set_steps(recipe: Recipe, arguments: transformers.TrainingArguments, rows: int) -> None:
