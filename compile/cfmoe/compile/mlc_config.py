@@ -13,6 +13,7 @@ def mlc_chat_config(model: Path, c: DecoderConfig, quant: str, prefill_chunk: in
     """MLC-LLM's fields in MLC-LLM's order. `quantization` names our preset: the weights are in our layout."""
     path = model / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
+    config = read_json(model / "config.json")
     model_config = {
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_layers,
@@ -49,11 +50,30 @@ def mlc_chat_config(model: Path, c: DecoderConfig, quant: str, prefill_chunk: in
         "repetition_penalty": generation.get("repetition_penalty", 1.0),
         "top_p": generation.get("top_p", 1.0),
         "tokenizer_files": tokenizer_files,
-        "tokenizer_info": {"token_postproc_method": "byte_level", "prepend_space_in_encode": False, "strip_space_in_decode": False},
+        "tokenizer_info": tokenizer_info(read_json(model / "tokenizer.json")),
         "conv_template": None,
-        "pad_token_id": 0,
+        "pad_token_id": pad if isinstance(pad := config.get("pad_token_id"), int) else 0,
         "bos_token_id": c.bos_token_id,
         "eos_token_id": list(c.eos_token_ids),
         "model_task": "chat",
         "embedding_metadata": None,
     }
+
+
+def tokenizer_info(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """What MLC-LLM wants to know of a tokenizer.json beside the file itself."""
+    decoders, normalizers = _steps(tokenizer.get("decoder"), "decoders"), _steps(tokenizer.get("normalizer"), "normalizers")
+    byte_fallback = any(step.get("type") == "ByteFallback" for step in decoders)
+    return {
+        "token_postproc_method": "byte_fallback" if byte_fallback else "byte_level",
+        "prepend_space_in_encode": any(step.get("type") == "Prepend" and step.get("prepend") == "\u2581" for step in normalizers),
+        "strip_space_in_decode": any(step.get("type") == "Strip" and step.get("start", 0) > 0 for step in decoders),
+    }
+
+
+def _steps(step: object, plural: str) -> list[dict[str, Any]]:
+    """A decoder or normalizer, or the members of a sequence of them."""
+    if not isinstance(step, dict):
+        return []
+    members = step.get(plural) if step.get("type") == "Sequence" else [step]
+    return [member for member in members if isinstance(member, dict)] if isinstance(members, list) else []
