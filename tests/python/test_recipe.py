@@ -250,6 +250,29 @@ def test_quality_budget_settles_where_the_excess_is_what_it_may_be() -> None:
     assert other.update(0.01) == control.update(0.01)
 
 
+@pytest.mark.parametrize("adapter", ["lora", "router"])
+def test_a_quality_budget_holds_on_held_out_data(base: Recipe, adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QualityBudget, "update", lambda self, excess: self.weight)  # what training goes by fails
+    monkeypatch.setattr(QualityBudget, "__init__", lambda self, budget: setattr(self, "weight", 50.0))
+    monkeypatch.setattr(QualityBudget, "state_dict", lambda self: {})
+    recipe = replace(base, adapter=adapter, quality_budget=0.002, distill=1.0, steps=8, aux_loss_alpha=0.0)
+    summary = follow(recipe)
+    assert 0 <= summary["adapter_scale"] < 1
+    assert summary["after"]["loss"] <= summary["before"]["loss"] + math.log1p(0.002)
+    device = torch.device("cpu")
+    model = load_model(recipe.out / "merged", device)
+    _, held, pad = recipes.prepare_data(recipe, model)
+    nats = count = 0.0
+    for row in held:
+        batch = recipes.collate([row], pad, recipe.max_length)
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        labels = batch["labels"][:, 1:].flatten()
+        nats += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert nats / count == pytest.approx(summary["after"]["loss"], rel=1e-5)  # what was written is what was scaled back
+
+
 def test_balance_is_one_where_experts_are_used_alike() -> None:
     logits = torch.zeros(8, 4)
     even = torch.arange(8).remainder(4)[:, None]

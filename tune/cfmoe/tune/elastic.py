@@ -184,6 +184,28 @@ def load_trained(model: nn.Module, path: Path) -> None:
             own[name].copy_(value)
 
 
+class Scale:
+    """Moves a trained model along the line from where it began (0) to where training ended (1), and back.
+
+    Wortsman et al., Robust fine-tuning of zero-shot models (arXiv:2109.01903). LoRA's update is a product that begins at zero, so of its
+    factors B alone is scaled. Made before training; `keep` after it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name}
+        self._start = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._end = self._start
+
+    def keep(self) -> None:
+        """Takes the present parameters as the end of the line."""
+        self._end = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def set(self, scale: float) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(torch.lerp(self._start[name], self._end[name], scale))
+
+
 def save_adapter(model: nn.Module, directory: Path) -> None:
     """Writes what was trained: peft's files for LoRA, otherwise the trained parameters as safetensors."""
     if hasattr(model, "peft_config"):

@@ -7,6 +7,7 @@ recipe.json (options), tune.json (measurements), log/ (TensorBoard) and checkpoi
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -24,6 +25,7 @@ from cfmoe.tune.data import Row, Tokens, collate, encode_documents, encode_examp
 from cfmoe.tune.elastic import (
     ADAPTERS,
     LoraSettings,
+    Scale,
     adapt,
     load_adapter,
     load_four_bit,
@@ -42,6 +44,7 @@ from cfmoe.tune.trainer import LocalityTrainer, Objective, shared_experts
 ProgressCallback = Callable[[str, int, int], None]
 
 _RECIPE = "recipe.json"
+_BISECTIONS = 6  # to a sixty-fourth of what was trained
 _PROFILED_ROWS = 32  # of the training data, for the ECR that elastic fine-tuning goes by
 
 
@@ -158,8 +161,12 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
     trainer.remove_callback(transformers.PrinterCallback)  # standard output is for the result
     before = trainer.evaluate()
     ecr_before = trainer.ecr_per_layer
+    scale = None if recipe.quality_budget is None else Scale(model)
     result = trainer.train(resume_from_checkpoint=resume or None)
     after = trainer.evaluate()
+    share = 1.0
+    if scale is not None and recipe.quality_budget is not None:
+        share, after = hold_budget(trainer, scale, before["eval_loss"] + math.log1p(recipe.quality_budget), after)
     trained, everything = trainable_parameters(model)
     summary = {
         "recipe": _options(recipe),
@@ -170,6 +177,7 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         "ecr_profiled_per_layer": ecr,
         "steps": result.global_step,
         "train_loss": result.training_loss,
+        "adapter_scale": share,
         "seconds": result.metrics["train_runtime"],
         "processes": arguments.world_size,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
@@ -328,6 +336,27 @@ def profile_rows(model: Any, layers: Sequence[MoELayer], rows: Sequence[Row], pa
             shared += shared_experts(recorder.ids, batch["segments"]).cpu()
             pairs += int(has_predecessor(batch["segments"]).sum())
     return (shared / max(1, pairs)).tolist()
+
+
+def hold_budget(trainer: LocalityTrainer, scale: Scale, limit: float, after: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """Scales back what was trained until the held-out loss is at most `limit`, by bisection; (share that is left, measurements).
+
+    The weight that was chosen in training goes by the training data, which the model may know by heart.
+    """
+    scale.keep()
+    if after["eval_loss"] <= limit:
+        return 1.0, after
+    low, high, best = 0.0, 1.0, after
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        scale.set(middle)
+        measured = trainer.evaluate()
+        if measured["eval_loss"] <= limit:
+            low, best = middle, measured
+        else:
+            high = middle
+    scale.set(low)
+    return low, best if low else trainer.evaluate()
 
 
 def _objective(recipe: Recipe, layers: Sequence[MoELayer]) -> Objective:
