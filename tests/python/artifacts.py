@@ -47,7 +47,7 @@ def record(layer: int, expert: int) -> np.ndarray:
     return np.arange(RECORD_WORDS, dtype=np.int32) + 1000 * layer + 100 * expert
 
 
-def fill(writer: ArtifactWriter) -> None:
+def fill(writer: ArtifactWriter, tokenizer: bytes = b"{}\n") -> None:
     """Everything but `finish`."""
     writer.add_weight("embedding", np.arange(33, dtype=np.float32))
     writer.add_weight("norm", np.ones((4, 5), np.float16))
@@ -57,10 +57,10 @@ def fill(writer: ArtifactWriter) -> None:
             writer.add_expert(layer, expert, record(layer, expert))
     writer.add_file("lib/x/plan.json", b"{}\n")
     writer.add_file("lib/x/kernels.so", bytes(range(256)))
-    writer.add_file("tokenizer.json", b"{}\n")
+    writer.add_file("tokenizer.json", tokenizer)
 
 
-def write(out: Path, force: bool = False) -> Path:
+def write(out: Path, force: bool = False, tokenizer: bytes = b"{}\n") -> Path:
     with ArtifactWriter(out, force) as writer:
-        fill(writer)
+        fill(writer, tokenizer)
         return writer.finish(manifest())

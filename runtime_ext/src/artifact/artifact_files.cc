@@ -74,14 +74,12 @@ std::string read_verified(const std::string& directory, const Manifest& manifest
   return text;
 }
 
-Artifact open_artifact(const std::string& directory) {
+Manifest read_manifest(const std::string& directory) {
   struct stat facts = {};
   if (::stat(directory.c_str(), &facts) != 0 || !S_ISDIR(facts.st_mode)) {
     throw Error(directory + ": is not a directory; give the artifact directory that cfmoe compile wrote");
   }
-  Artifact artifact;
-  artifact.directory = directory;
-  std::string path = artifact.path_of(kManifest);
+  const std::string path = directory + "/" + kManifest;
   if (::stat(path.c_str(), &facts) != 0) {
     throw Error(directory +
                 ": has no manifest.json, so it is not an artifact; give the directory that cfmoe compile wrote");
@@ -89,8 +87,14 @@ Artifact open_artifact(const std::string& directory) {
   FileHandle file = FileHandle::open(path);
   uint64_t size = file.size();
   if (size > kMaxManifest) throw Error(path + ": has " + std::to_string(size) + " bytes, too many for a manifest");
-  artifact.manifest = parse_manifest(read_whole(file, size), path);
-  artifact.target = pick_cpu_target(artifact.manifest, path, host_cpu());
+  return parse_manifest(read_whole(file, size), path);
+}
+
+Artifact open_artifact(const std::string& directory) {
+  Artifact artifact;
+  artifact.directory = directory;
+  artifact.manifest = read_manifest(directory);
+  artifact.target = pick_cpu_target(artifact.manifest, artifact.path_of(kManifest), host_cpu());
   uint64_t weights_size = check_file_size(directory, artifact.manifest, "weights.bin");
   uint64_t experts_size = check_file_size(directory, artifact.manifest, "experts.bin");
   artifact.index = parse_index(read_verified(directory, artifact.manifest, "index.json"),

@@ -22,6 +22,9 @@ struct Artifact {
 // here, their digests when they are read.
 Artifact open_artifact(const std::string& directory);
 
+// The manifest alone, for what needs no kernels. Throws as open_artifact does.
+Manifest read_manifest(const std::string& directory);
+
 // The bytes of `relative`, which the manifest must list; size and digest are checked.
 std::string read_verified(const std::string& directory, const Manifest& manifest, const std::string& relative);
 

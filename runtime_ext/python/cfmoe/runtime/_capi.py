@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 OK, INTERNAL, USER, CANCELLED = 0, 1, 2, 3
 _ERROR_BYTES = 2048
 
@@ -177,6 +177,13 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_session_metrics": (None, [c_void_p, POINTER(Metrics)]),
     "cfmoe_session_take_events": (c_size_t, [c_void_p, POINTER(AccessEvent), c_size_t]),
     "cfmoe_session_write_trace": (c_int, [c_void_p, c_char_p, c_char_p, c_size_t]),
+    "cfmoe_tokenizer_open": (c_int, [c_char_p, POINTER(c_void_p), c_char_p, c_size_t]),
+    "cfmoe_tokenizer_close": (None, [c_void_p]),
+    "cfmoe_tokenizer_encode": (
+        c_int,
+        [c_void_p, c_char_p, c_size_t, POINTER(c_int32), c_size_t, POINTER(c_size_t), c_char_p, c_size_t],
+    ),
+    "cfmoe_tokenizer_push": (c_int, [c_void_p, c_int32, c_char_p, c_size_t, POINTER(c_size_t), c_char_p, c_size_t]),
     "cfmoe_engine_policies": (c_char_p, []),
     "cfmoe_simulator_policies": (c_char_p, []),
     "cfmoe_default_policy": (c_char_p, []),
