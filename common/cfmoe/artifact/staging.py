@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from cfmoe.artifact.layout import FORMAT, MANIFEST
@@ -25,10 +27,11 @@ class StagingDirectory:
     Raises CFMoEError where `out` exists and may not be replaced, or where the staging directory cannot be made.
     """
 
-    def __init__(self, out: Path, force: bool) -> None:
+    def __init__(self, out: Path, force: bool, *, recognise: Callable[[Path], bool] | None = None, kind: str = "artifacts") -> None:
+        """With `force`, `out` may be a directory that `recognise` knows for one of `kind`; by default an artifact."""
         self.out = Path(os.path.abspath(out))
-        self._force = force
-        _check_replaceable(self.out, force)
+        self._replaceable = functools.partial(_check_replaceable, self.out, force, recognise or _looks_like_artifact, kind)
+        self._replaceable()
         self._made_parents = _make_parents(self.out.parent)
         try:
             _sweep(self.out.parent)
@@ -41,7 +44,7 @@ class StagingDirectory:
 
     def commit(self) -> None:
         """Puts the staged directory in the place of `out`, atomically if nothing is there."""
-        _check_replaceable(self.out, self._force)
+        self._replaceable()
         old: Path | None = None
         try:
             _sync(self.path)
@@ -77,15 +80,16 @@ class StagingDirectory:
         self._made_parents = []
 
 
-def _check_replaceable(out: Path, force: bool) -> None:
+def _check_replaceable(out: Path, force: bool, recognise: Callable[[Path], bool], kind: str) -> None:
     if not os.path.lexists(out):
         return
     if not force:
         raise CFMoEError(f"{out} exists; give --force to replace it, or another path")
     if out.is_symlink() or not out.is_dir():
-        raise CFMoEError(f"{out} is not a directory; --force replaces artifacts only; give another path")
-    if any(out.iterdir()) and not _looks_like_artifact(out):
-        raise CFMoEError(f"{out} is not an artifact (no {MANIFEST} of ours); --force replaces artifacts only; give another path")
+        raise CFMoEError(f"{out} is not a directory; --force replaces {kind} only; give another path")
+    if any(out.iterdir()) and not recognise(out):
+        what = f"is not an artifact (no {MANIFEST} of ours)" if kind == "artifacts" else "is something else"
+        raise CFMoEError(f"{out} {what}; --force replaces {kind} only; give another path")
 
 
 def _looks_like_artifact(directory: Path) -> bool:
