@@ -156,8 +156,8 @@ CFMOE_API void cfmoe_session_metrics(const cfmoe_session* session, cfmoe_metrics
 /* Moves out at most `capacity` logged events and returns how many; call until 0. */
 CFMOE_API size_t cfmoe_session_take_events(cfmoe_session* session, cfmoe_access_event* out, size_t capacity);
 
-/* The artifact's tokenizer, if it is byte-level BPE without a normalizer; other kinds are refused. One thread at a time.
- * Needs no engine. */
+/* The artifact's tokenizer, if it is byte-level BPE without a normalizer; other kinds are refused. One thread at a
+ * time. Needs no engine. */
 CFMOE_API cfmoe_status cfmoe_tokenizer_open(const char* artifact, cfmoe_tokenizer** out, char* error,
                                             size_t error_size);
 CFMOE_API void cfmoe_tokenizer_close(cfmoe_tokenizer* tokenizer); /* NULL is allowed */
@@ -167,8 +167,8 @@ CFMOE_API cfmoe_status cfmoe_tokenizer_encode(const cfmoe_tokenizer* tokenizer, 
                                               int32_t* out, size_t capacity, size_t* count, char* error,
                                               size_t error_size);
 /* Streams: the text, in whole characters, that `token` completes after those pushed before; special tokens have none.
- * A negative `token` ends the stream with what is left. Writes `size` bytes and a NUL, and refuses where they do not fit
- * in `capacity`: three times the longest token and a few. What is no UTF-8 becomes U+FFFD. */
+ * A negative `token` ends the stream with what is left. Writes `size` bytes and a NUL, and refuses where they do not
+ * fit in `capacity`: three times the longest token and a few. What is no UTF-8 becomes U+FFFD. */
 CFMOE_API cfmoe_status cfmoe_tokenizer_push(cfmoe_tokenizer* tokenizer, int32_t token, char* out, size_t capacity,
                                             size_t* size, char* error, size_t error_size);
 /* Writes what the engine has run since it was opened as a routing trace (docs/trace-format.md), replacing the file. */

@@ -61,7 +61,8 @@ cfmoe_status cfmoe_tokenizer_push(cfmoe_tokenizer* tokenizer, int32_t token, cha
         token < 0 ? tokenizer->stream.flush() : tokenizer->stream.push(tokenizer->bpe.bytes(token, true));
     *size = text.size();
     if (text.size() >= capacity)
-      throw cfmoe::Error("the text of " + std::to_string(text.size()) + " bytes does not fit in " + std::to_string(capacity));
+      throw cfmoe::Error("the text of " + std::to_string(text.size()) + " bytes does not fit in " +
+                         std::to_string(capacity));
     std::copy(text.begin(), text.end(), out);
     out[text.size()] = '\0';
   });
