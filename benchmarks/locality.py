@@ -340,7 +340,9 @@ def scaled(options: argparse.Namespace) -> None:
         tuned = merge(load_adapter(load_model(bench.model, torch.device(bench.device), "float32"), path)).state_dict()
         changes.append({name: tuned[name] - value for name, value in start.items()})
     mean = {name: torch.stack([change[name] for change in changes]).mean(0) for name in start}
-    named = ({"mean": mean} if len(paths) > 1 else {}) | {path.stem: change for path, change in zip(paths, changes, strict=True)}
+    named = {options.name: mean} if len(paths) > 1 else {}
+    if not options.mean_only:
+        named |= {path.stem: change for path, change in zip(paths, changes, strict=True)}
     for scale in map(float, options.scales.split(",")):
         for name, change in named.items():
             done = bench.out / f"scale-{scale:g}-{name}.json"
@@ -489,13 +491,14 @@ def table(out: Path) -> list[dict[str, Any]]:
     for result in results:
         now = {group: pooled(result["eval"], names) for group, names in groups.items()}
         line: dict[str, Any] = {key: result["run"].get(key) for key in ("name", "adapter", "kind", "weight", "budget", "seed", "steps")}
+        line["weight"] = round(line["weight"] or 0.0, 4)
         line["trained_parameters"] = result["trained"]
         text, quality = result["run"].get("text", "corpus"), result["run"].get("quality", "distill")
         longer = text == "corpus" and result["run"].get("steps", 0) > 300
         line["group"] = line["kind"] + (", longer" if longer else "") + (", own text" if text != "corpus" else "")
         line["text"] = f"{text} {quality}"
         line["distilled"] = quality == "distill"
-        line["settings"] = " ".join(f"{key} {value:g}" for key, value in result["run"].get("settings", {}).items() if value)
+        line["settings"] = _settings(result["run"])
         line["steps"] = f"{result['run'].get('steps', 0)} × {np.prod(result.get('batch', [0])) // 1024} Ki"
         for group, value in now.items():
             experts = len(value["chr"]) - 1
@@ -507,6 +510,13 @@ def table(out: Path) -> list[dict[str, Any]]:
             line[f"saving_{group}_percent"] = round(100 * (1 - equal_hit_size(reference[group]["chr"], value["chr"]) / 0.5), 1)
         lines.append(line)
     return lines
+
+
+def _settings(run: dict[str, Any]) -> str:
+    """What of a run is not as usual and has no column of its own."""
+    usual = {"rank": 16, "lr": 1e-3, "release": 0.0, "budget": 0.0, "rank_budget": None, "threshold": None, "seed": 0}
+    other = {key: run[key] for key, value in usual.items() if key in run and run[key] != value}
+    return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in (run.get("settings", {}) | other).items() if value)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -534,7 +544,7 @@ def report(options: argparse.Namespace) -> None:
     print("| " + " | ".join(columns.values()) + " |")
     print("|" + "---|" * len(columns))
     for line in sorted(lines, key=lambda one: (one["adapter"], one["kind"], one["weight"] or 0)):
-        print("| " + " | ".join(str(line.get(key, "")) for key in columns) + " |")
+        print("| " + " | ".join(f"{line[key]:,}" if isinstance(line.get(key), int) else str(line.get(key, "")) for key in columns) + " |")
 
 
 def picture(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -603,6 +613,8 @@ def main() -> None:
     for name in ("--model", "--train", "--eval", "--out"):
         between.add_argument(name, type=Path, required=True)
     between.add_argument("--adapters", dest="adapters_in", required=True, help="adapter directories that runs kept, comma-separated")
+    between.add_argument("--mean-only", action="store_true", help="not each of them")
+    between.add_argument("--name", default="mean", help="of their mean in the results")
     between.add_argument("--scales", default="0.4,0.5,0.6,0.7,0.8,1")
     between.set_defaults(device=None, batch=32, length=512, keep="", quiet=False, questions=None, eval_rows=1000)
     choosing = commands.add_parser("best")

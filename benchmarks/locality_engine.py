@@ -1,6 +1,6 @@
 """Whether the engine hits as often as the table says: base and tuned model compiled, held-out text fed token by token.
 
-Run as: python benchmarks/locality_engine.py --model DIR --adapter DIR --eval corpus_eval.jsonl.xz --out DIR
+Run as: python benchmarks/locality_engine.py --model DIR --adapters DIR,… --eval corpus_eval.jsonl.xz --out DIR
 
 Every row of text starts with a cold LRU cache. Beside the engine's hit rates stand those of benchmarks/locality.py for the same rows, from
 transformers' routing; they differ by what quantisation changes in the routing.
@@ -59,7 +59,8 @@ def simulated(model: Path, rows: torch.Tensor) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapters", required=True, help="adapter directories, comma-separated; of several the mean")
+    parser.add_argument("--scale", type=float, default=1.0, help="of what they change")
     parser.add_argument("--eval", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=16, help="of 512 tokens, from the domains trained on")
@@ -70,7 +71,7 @@ def main() -> None:
     streams = tokenise(options.eval, options.model, options.out / "eval.npz")
     every = text_rows([stream for name, stream in sorted(streams.items()) if name not in UNTOUCHED], 512).tokens
     rows = every[torch.linspace(0, len(every) - 1, min(options.rows, len(every))).long()]
-    save_merged(options.model, options.adapter, options.out / "merged")
+    save_merged(options.model, [Path(path) for path in options.adapters.split(",")], options.out / "merged", options.scale)
     report: dict[str, Any] = {"machine": describe(), "rows": len(rows), "quant": options.quant}
     for name, model in (("base", options.model), ("tuned", options.out / "merged")):
         artifact = compile_model(model, options.out / f"{name}.cfmoe", quant=options.quant, force=True)

@@ -148,6 +148,22 @@ def test_text_of_its_own_continues_the_datas_beginnings(base: Recipe) -> None:
         tune(replace(base, own_text=10))
 
 
+def test_adapters_are_averaged_and_scaled(base: Recipe, tmp_path: Path) -> None:
+    outs = [base.out.with_name(name) for name in ("one", "two")]
+    for seed, out in enumerate(outs):
+        follow(replace(base, out=out, seed=seed, steps=2))
+    adapters = [out / "adapter" for out in outs]
+    device = torch.device("cpu")
+    start, one, two = (load_model(path, device).state_dict() for path in (base.model, outs[0] / "merged", outs[1] / "merged"))
+    recipes.save_merged(base.model, adapters, tmp_path / "mean", 0.5)
+    recipes.save_merged(base.model, adapters[:1], tmp_path / "none", 0.0)
+    mean, none = (load_model(tmp_path / name, device).state_dict() for name in ("mean", "none"))
+    for name, value in start.items():
+        torch.testing.assert_close(none[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(mean[name], value + 0.25 * (one[name] - value) + 0.25 * (two[name] - value), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(one["model.layers.0.mlp.gate.weight"], two["model.layers.0.mlp.gate.weight"])
+
+
 # --- what may not matter ----------------------------------------------------------------------------------------------------------
 
 

@@ -423,13 +423,25 @@ def _write_results(recipe: Recipe, trainer: LocalityTrainer, summary: dict[str, 
     trainer.accelerator.wait_for_everyone()
 
 
-def save_merged(model: Path, adapter: Path, out: Path) -> None:
-    """Writes the checkpoint `model` with `adapter` added: the same files, tensors, shapes and type, other weights.
+def save_merged(model: Path, adapters: Path | Sequence[Path], out: Path, scale: float = 1.0) -> None:
+    """Writes the checkpoint `model` with an adapter added: the same files, tensors, shapes and type, other weights.
 
+    Of several adapters the mean of what they change is added, `scale` times: Wortsman et al., Model soups (arXiv:2203.05482).
     Raises CFMoEError where transformers would write other tensors than `model` has, which nothing could take for the same family.
     """
-    loaded = load_model(model, torch.device("cpu"), _stored_type(model))
-    merged = merge(load_adapter(loaded, adapter))
+    paths = [adapters] if isinstance(adapters, Path) else list(adapters)
+    kind, place = _stored_type(model), torch.device("cpu")
+    if len(paths) == 1 and scale == 1:
+        merged = merge(load_adapter(load_model(model, place, kind), paths[0]))
+    else:
+        merged = load_model(model, place, kind)
+        start = {name: value.float() for name, value in merged.state_dict().items()}
+        change = {name: torch.zeros_like(value) for name, value in start.items()}
+        for path in paths:
+            tuned = merge(load_adapter(load_model(model, place, "float32"), path)).state_dict()
+            for name, value in tuned.items():
+                change[name] += (value - start[name]) / len(paths)
+        merged.load_state_dict({name: (value + scale * change[name]).to(DTYPES[kind]) for name, value in start.items()})
     beside = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
