@@ -27,20 +27,35 @@ class StagingDirectory:
     Raises CFMoEError where `out` exists and may not be replaced, or where the staging directory cannot be made.
     """
 
-    def __init__(self, out: Path, force: bool, *, recognise: Callable[[Path], bool] | None = None, kind: str = "artifacts") -> None:
-        """With `force`, `out` may be a directory that `recognise` knows for one of `kind`; by default an artifact."""
+    def __init__(
+        self,
+        out: Path,
+        force: bool,
+        *,
+        resume: bool = False,
+        recognise: Callable[[Path], bool] | None = None,
+        kind: str = "artifacts",
+    ) -> None:
+        """With `force`, `out` may be a directory that `recognise` knows for one of `kind`; by default an artifact.
+
+        With `resume` the directory has a fixed name, .<name>.cfmoe-part: `discard` leaves it, and the next one of that name finds it.
+        """
         self.out = Path(os.path.abspath(out))
+        self._resume = resume
         self._replaceable = functools.partial(_check_replaceable, self.out, force, recognise or _looks_like_artifact, kind)
         self._replaceable()
         self._made_parents = _make_parents(self.out.parent)
         try:
             _sweep(self.out.parent)
-            self.path = self.out.with_name(f".{self.out.name}.cfmoe-new-{os.getpid()}-{secrets.token_hex(4)}")
-            self.path.mkdir()
+            name = f".{self.out.name}.cfmoe-part" if resume else f".{self.out.name}.cfmoe-new-{os.getpid()}-{secrets.token_hex(4)}"
+            self.path = self.out.with_name(name)
+            self.path.mkdir(exist_ok=resume)
         except OSError as error:
             self._remove_parents()
             raise os_error(error, self.out, "create") from error
         self._lock: int | None = _lock(self.path)
+        if resume and self._lock is None:
+            raise CFMoEError(f"{self.path} is in use: another process writes {self.out}; wait for it")
 
     def commit(self) -> None:
         """Puts the staged directory in the place of `out`, atomically if nothing is there."""
@@ -49,7 +64,7 @@ class StagingDirectory:
         try:
             _sync(self.path)
             if os.path.lexists(self.out):
-                old = self.path.with_name(self.path.name.replace(".cfmoe-new-", ".cfmoe-old-"))
+                old = self.out.with_name(f".{self.out.name}.cfmoe-old-{os.getpid()}-{secrets.token_hex(4)}")
                 os.rename(self.out, old)
             os.rename(self.path, self.out)
             _sync(self.out.parent)
@@ -63,7 +78,10 @@ class StagingDirectory:
             shutil.rmtree(old, ignore_errors=True)  # what stays behind is swept by the next write
 
     def discard(self) -> None:
-        """Removes everything that was staged."""
+        """Removes everything that was staged, unless it is to be resumed."""
+        if self._resume:
+            self._unlock()
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         self._unlock()
         self._remove_parents()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from cfmoe.artifact.digest import Bytes, StreamDigest, xxh3_64
+from cfmoe.artifact.journal import Journal
 from cfmoe.artifact.layout import (
     EXPERT_ALIGNMENT,
     EXPERT_FORMATS,
@@ -42,17 +43,27 @@ class ArtifactWriter:
 
     Tensors go to weights.bin in the order of the calls, records to experts.bin layer by layer. Nothing is kept in memory but the
     index. Raises CFMoEError for what the user can mend (`out` exists, full disk, no permission), ValueError for a wrong call.
+
+    With `resume`, a text that names everything the records depend on, what was written is kept instead: the next writer for `out` with
+    the same text has the records that are whole already (`records_done`) and takes the rest.
     """
 
-    def __init__(self, out: Path, force: bool = False) -> None:
+    def __init__(self, out: Path, force: bool = False, resume: str | None = None) -> None:
         self._out = Path(out)
-        self._staging = StagingDirectory(self._out, force)
+        self._staging = StagingDirectory(self._out, force, resume=resume is not None)
         self._finished = False
         self._files: dict[str, dict[str, int | str]] = {}
         self._weights: list[dict[str, Any]] = []
         self._weight_names: set[str] = set()
         self._experts: dict[str, Any] | None = None
         self._streams: dict[str, _Stream] = {}
+        self._journal: Journal | None = None
+        if resume is not None:
+            try:
+                self._journal = Journal(self._staging.path, self._staging.path / EXPERTS, resume, self._out / EXPERTS)
+            except BaseException:
+                self._staging.discard()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -109,23 +120,41 @@ class ArtifactWriter:
             "sections": {name: {"offset": sections[name][0], "size": sections[name][1]} for name in EXPERT_SECTIONS},
             "xxh3_64": [],
         }
+        if self._journal is not None:
+            self._streams[EXPERTS] = _Stream(self._staging.path / EXPERTS, self._out / EXPERTS, append=True)
+            self._journal.restore(record_bytes, self._experts["record_stride"], self._restore)
+
+    def _restore(self, digest: str, data: bytes) -> None:
+        self._note_record(digest)
+        self._streams[EXPERTS].digest.update(data)
+
+    def _note_record(self, digest: str) -> None:
+        layout = self._layout()
+        if self.records_done % layout["experts"] == 0:
+            layout["xxh3_64"].append([])
+        layout["xxh3_64"][-1].append(digest)
+
+    @property
+    def records_done(self) -> int:
+        """How many records are written, those of an interrupted conversion among them."""
+        return sum(map(len, self._layout()["xxh3_64"]))
 
     def add_expert(self, layer: int, expert: int, record: np.ndarray) -> None:
         """Appends one record of exactly `record_bytes`; layer by layer, in each the experts in order."""
         layout = self._layout()
-        digests: list[list[str]] = layout["xxh3_64"]
-        done = sum(map(len, digests))
+        done = self.records_done
         if (layer, expert) != divmod(done, layout["experts"]) or layer >= layout["layers"]:
             raise ValueError(f"expert ({layer}, {expert}) after {done} records: records come in order")
         data = _bytes_of(record)
         if len(data) != layout["record_bytes"]:
             raise ValueError(f"expert ({layer}, {expert}) has {len(data)} bytes, the layout says {layout['record_bytes']}")
-        if expert == 0:
-            digests.append([])
-        digests[layer].append(xxh3_64(data))
+        digest = xxh3_64(data)
+        self._note_record(digest)
         stream = self._stream(EXPERTS)
         stream.write(data)
         stream.pad_to(layout["record_stride"])
+        if self._journal is not None:
+            self._journal.note(digest)
 
     def add_file(self, relative: str, data: bytes) -> None:
         """Writes a whole file, `relative` to the artifact with forward slashes."""
@@ -155,7 +184,7 @@ class ArtifactWriter:
         `manifest` holds every field but format, format_version, files and the seal, which are added here.
         """
         layout = self._layout()
-        if sum(map(len, layout["xxh3_64"])) != layout["layers"] * layout["experts"] or not self._weights:
+        if self.records_done != layout["layers"] * layout["experts"] or not self._weights:
             raise ValueError("the artifact is not complete: records or weights are missing")
         if taken := {"format", "format_version", "files", "xxh3_64"} & set(manifest):
             raise ValueError(f"the writer sets {sorted(taken)} itself")
@@ -168,6 +197,8 @@ class ArtifactWriter:
         manifest_stream = _Stream(self._staging.path / MANIFEST, self._out / MANIFEST)
         manifest_stream.write(seal(head | manifest | {"files": dict(sorted(self._files.items()))}))
         manifest_stream.close()
+        if self._journal is not None:
+            self._journal.remove()
         self._staging.commit()
         self._finished = True
         return self._out
@@ -197,13 +228,13 @@ class ArtifactWriter:
 class _Stream:
     """One output file with its running digests; errors name the file's final place, since the staged one will be gone."""
 
-    def __init__(self, path: Path, shown: Path) -> None:
+    def __init__(self, path: Path, shown: Path, append: bool = False) -> None:
         self.digest = StreamDigest()
         self._shown = shown
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: pieces are large, and after a failure there must be nothing left to flush.
-            self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (ended by close or abandon)
+            self._file = open(path, "ab" if append else "xb", buffering=0)  # noqa: SIM115 (ended by close or abandon)
         except OSError as error:
             raise os_error(error, shown, "write") from error
 

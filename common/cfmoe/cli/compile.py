@@ -37,6 +37,9 @@ def compile_command(
     ] = None,
     prefill_chunk: Annotated[int, typer.Option("--prefill-chunk", min=1, help="Tokens that prefill handles at once.")] = 256,
     dump_ir: Annotated[Path | None, typer.Option("--dump-ir", help="Write the IR after every phase into this directory.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interruption leaves beside --out, and go on from what an earlier one left.")
+    ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +64,7 @@ def compile_command(
             prefill_chunk=prefill_chunk,
             dump_ir=dump_ir,
             force=force,
+            resume=resume,
             progress=progress,
         )
     artifact = Artifact.open(path)

@@ -133,6 +133,18 @@ def _write_target(
     return entry, hashlib.sha256(kernels.script().encode()).hexdigest()
 
 
+def _fingerprint(checkpoint: Checkpoint, quant: str) -> str:
+    """Everything that expert records depend on: the checkpoint's files, the preset, the code that converts and the CPU it runs on."""
+    digest = hashlib.sha256(f"{quant} {cpu_targets.resolve('llvm').name} tvm {metadata.version('apache-tvm')}".encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, file in sorted(checkpoint.tensors.items()):
+        state = file.stat()
+        digest.update(f"{name} {file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
 def compile_model(
     model: Path,
     out: Path,
@@ -143,11 +155,13 @@ def compile_model(
     prefill_chunk: int = 256,
     dump_ir: Path | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Progress = _no_progress,
 ) -> Path:
     """Compiles the checkpoint directory `model` into the artifact directory `out` and returns it.
 
-    `prefill_chunk` is in tokens; `context_size` may lower the model's own. Raises CFMoEError; nothing half-written is left.
+    `prefill_chunk` is in tokens; `context_size` may lower the model's own. Raises CFMoEError; nothing half-written is left, unless
+    `resume`: then what an interruption leaves is kept beside `out`, and taken up by the next call of the same kind.
     """
     if quant not in PRESETS:
         raise CFMoEError(f"--quant {quant} is unknown; known are {', '.join(PRESETS)}")
@@ -164,7 +178,7 @@ def compile_model(
             raise CFMoEError(f"--context-size {context_size} is out of range; this model takes 16 to {config.context_size} tokens")
         config = replace(config, context_size=context_size)
     quantisation = Quantisation.named(quant)
-    with ArtifactWriter(out, force=force) as writer:
+    with ArtifactWriter(out, force=force, resume=_fingerprint(checkpoint, quant) if resume else None) as writer:
         entries, kernel_sets = {}, []
         for number, name in enumerate(chosen, 1):
             progress(f"kernels for {name}", number, len(chosen))

@@ -140,7 +140,7 @@ class Converter:
         return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
     def write(self, writer: ArtifactWriter, progress: Progress) -> None:
-        """Streams everything into `writer`."""
+        """Streams everything into `writer`, but for the records that it has already."""
         c = self.config
         fmt = self.quantisation["expert"]
         sections = record_sections(fmt, c.hidden_size, c.expert_ffn_size, c.expert_bias)
@@ -153,8 +153,10 @@ class Converter:
             if name.endswith("input_norm.weight"):
                 done += 1
                 progress("dense weights", done, total)
-        for ordinal, layer in enumerate(c.moe_layers):
-            for expert in range(c.num_experts):
-                writer.add_expert(ordinal, expert, self.expert_record(layer, expert))
-                done += 1
-                progress(f"experts of layer {layer}", done, total)
+        done += writer.records_done
+        for record in range(writer.records_done, len(c.moe_layers) * c.num_experts):
+            ordinal, expert = divmod(record, c.num_experts)
+            layer = c.moe_layers[ordinal]
+            writer.add_expert(ordinal, expert, self.expert_record(layer, expert))
+            done += 1
+            progress(f"experts of layer {layer}", done, total)
