@@ -351,9 +351,8 @@ def scaled(options: argparse.Namespace) -> None:
             model = load_model(bench.model, torch.device(bench.device), "float32")
             model.load_state_dict({key: (value + scale * change[key]).bfloat16().float() for key, value in start.items()})
             measured = evaluate(model, bench.eval_rows, bench.device)
-            write_json(
-                done, {"run": {"name": done.stem, "adapter": "lora", "kind": "cache", "weight": scale}, "trained": 0, "eval": measured}
-            )
+            facts = {"name": done.stem, "adapter": "mean" if name == options.name else "scaled", "kind": "cache", "weight": scale}
+            write_json(done, {"run": facts, "trained": 0, "eval": measured})
             bench.say(f"{done.stem} measured")
 
 
@@ -497,6 +496,7 @@ def table(out: Path) -> list[dict[str, Any]]:
         longer = text == "corpus" and result["run"].get("steps", 0) > 300
         line["group"] = line["kind"] + (", longer" if longer else "") + (", own text" if text != "corpus" else "")
         line["text"] = f"{text} {quality}"
+        line["group"] += ", mean of several" if line["adapter"] == "mean" else ""
         line["distilled"] = quality == "distill"
         line["settings"] = _settings(result["run"])
         line["steps"] = f"{result['run'].get('steps', 0)} × {np.prod(result.get('batch', [0])) // 1024} Ki"
@@ -554,7 +554,12 @@ def picture(path: Path, lines: list[dict[str, Any]]) -> None:
 
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
-        if line["adapter"] == "lora" and line["kind"] != "none" and line["distilled"] and 0 <= line["perplexity_trained_percent"] <= 2.5:
+        if (
+            line["adapter"] in ("lora", "mean")
+            and line["kind"] != "none"
+            and line["distilled"]
+            and 0 <= line["perplexity_trained_percent"] <= 2.5
+        ):
             curves.setdefault(line["group"], []).append((line["perplexity_trained_percent"], line["saving_trained_percent"]))
     drawn = {name: Line(*zip(*sorted(points), strict=True)) for name, points in sorted(curves.items()) if len(points) > 0}
     draw(path, "Cache that is no longer needed for the base model's hit rate", drawn, "rise of perplexity, %", "memory saved, %")
