@@ -15,9 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment's cmake and ninja, whether it is activated or not.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CXX_FILES := $(shell find runtime_ext/include runtime_ext/src third_party -name '*.h' -o -name '*.cc' 2>/dev/null)
+CXX_FILES := $(shell find runtime_ext/include runtime_ext/src runtime_ext/tools third_party -name '*.h' -o -name '*.cc' 2>/dev/null)
 CXX_TEST_FILES := $(wildcard tests/cpp/*)
-FORMATTED := $(shell find runtime_ext/include runtime_ext/src tests/cpp benchmarks -name '*.h' -o -name '*.cc' 2>/dev/null)
+FORMATTED := $(shell find runtime_ext tests/cpp benchmarks -name '*.h' -o -name '*.cc' -o -name '*.c' 2>/dev/null)
 
 .PHONY: help
 help: ## list what can be done

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +31,29 @@ class CpuTarget:
 
     def tvm_target(self) -> Target:
         options: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}
+        if self.arch != host_arch():
+            options["mtriple"] = _TRIPLES[self.arch]
         if self.attributes:
             options["mattr"] = list(self.attributes)
         return Target(options)
 
 
+# Kernels use no C library, so that one of them serves every Linux of an architecture, Android's among them.
+_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+# Android 15 and later have pages of 16 KiB.
+_LINK_OPTIONS = ("-Wl,-z,max-page-size=16384",)
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vnni")
 CPU_TARGETS = (
     CpuTarget("x86_64-avx512vnni", "x86_64", "x86-64-v4", ("+avx512vnni",), _AVX512, Simd(16, "vnni")),
     CpuTarget("x86_64-avx2", "x86_64", "x86-64-v3", (), ("avx2", "fma", "f16c"), Simd(8, "madd")),
     CpuTarget("x86_64", "x86_64", "x86-64", (), (), Simd(4, "none")),
+    CpuTarget("aarch64-dotprod", "aarch64", "generic", ("+neon", "+dotprod"), ("neon", "dotprod"), Simd(4, "sdot")),
+    CpuTarget("aarch64", "aarch64", "generic", ("+neon",), ("neon",), Simd(4, "none")),
 )
+
+
+def host_arch() -> str:
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 
 
 def host_features() -> set[str]:
@@ -57,7 +74,7 @@ def resolve(name: str) -> CpuTarget:
         return by_name[name]
     if name != "llvm":
         raise CFMoEError(f"--target {name} is not available; available are llvm (this machine) and {', '.join(by_name)}")
-    arch = {"AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    arch = host_arch()
     have = host_features()
     for target in CPU_TARGETS:
         if target.arch == arch and set(target.features) <= have:
@@ -66,6 +83,41 @@ def resolve(name: str) -> CpuTarget:
 
 
 def build(mod: tvm.IRModule, target: CpuTarget, out: Path) -> None:
-    """Compiles the PrimFuncs of `mod` into the shared library `out`."""
+    """Compiles the PrimFuncs of `mod` into the shared library `out`. Raises CFMoEError where no linker for the target is at hand."""
     with tvm.transform.PassContext(opt_level=3):
-        tvm.compile(mod, target=target.tvm_target()).export_library(str(out))
+        module = tvm.compile(mod, target=target.tvm_target())
+    if target.arch == host_arch():
+        module.export_library(str(out), options=list(_LINK_OPTIONS) if sys.platform == "linux" else None)
+        return
+    command = _cross_linker(target.arch)
+
+    def link(output: str, objects: Sequence[str] | str, *_args: object, **_kwargs: object) -> None:
+        files = [objects] if isinstance(objects, str) else list(objects)
+        done = subprocess.run([*command, "-shared", "-nostdlib", *_LINK_OPTIONS, "-o", output, *files], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CFMoEError(f"{command[0]} cannot link the kernels of {target.name}: {' '.join(done.stderr.split())}")
+
+    module.export_library(str(out), fcompile=link)
+
+
+def static_prefix(kernel_set: str, target: CpuTarget) -> str:
+    """What precedes the names of the kernels of an artifact's `kernel_set` where they are linked into the engine itself."""
+    return f"cfmoe_{kernel_set[:16]}_{target.name.replace('-', '_')}_"
+
+
+def build_static(mod: tvm.IRModule, target: CpuTarget, kernel_set: str, out: Path) -> None:
+    """Compiles the PrimFuncs of `mod` into the object file `out`, which registers them in the program that links it."""
+    prefix = static_prefix(kernel_set, target)
+    named = {prefix + var.name_hint: f.with_attr("global_symbol", prefix + var.name_hint) for var, f in mod.functions_items()}
+    with tvm.transform.PassContext(opt_level=3):
+        module = tvm.compile(tvm.IRModule(named, attrs={"system_lib_prefix": prefix}), target=target.tvm_target())
+    module.mod.write_to_file(str(out), "o")
+
+
+def _cross_linker(arch: str) -> list[str]:
+    gcc = f"{arch}-linux-gnu-gcc"
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-linux-musl"]
+    if shutil.which(gcc):
+        return [gcc]
+    raise CFMoEError(f"no linker for {arch} is at hand: install cfmoe[cross], which brings zig, or {gcc}")

@@ -143,6 +143,13 @@ std::string JsonValue::string(bool allow_empty) const {
   return text;
 }
 
+std::string JsonValue::text(size_t max_bytes) const {
+  auto value = value_.as<ffi::String>();
+  if (!value) fail("is " + describe(value_) + ", expected a string");
+  if (value->size() > max_bytes) fail("is a string of more than " + std::to_string(max_bytes) + " bytes");
+  return {value->data(), value->size()};
+}
+
 std::string JsonValue::choice(const std::vector<std::string>& choices) const {
   std::string text = string();
   if (std::find(choices.begin(), choices.end(), text) != choices.end()) return text;

@@ -43,6 +43,8 @@ class JsonValue {
   bool boolean() const;
   // At least one character unless `allow_empty`; at most 4,096 bytes; no control characters.
   std::string string(bool allow_empty = false) const;
+  // Any string of at most `max_bytes`, with whatever characters.
+  std::string text(size_t max_bytes) const;
   // A string out of `choices`.
   std::string choice(const std::vector<std::string>& choices) const;
   // A string of 16 lower-case hexadecimal digits.

@@ -113,3 +113,21 @@ void register_backend_symbols() {
 }
 
 }  // namespace cfmoe
+
+#if defined(CFMOE_STATIC_KERNELS)
+// Kernels that are linked in call these by name.
+extern "C" {
+int TVMBackendParallelLaunch(cfmoe::ParallelLambda lambda, void* data, int num_task) {
+  return cfmoe::parallel_launch(lambda, data, num_task);
+}
+int TVMBackendParallelBarrier(int task_id, cfmoe::ParallelGroup* group) {
+  return cfmoe::parallel_barrier(task_id, group);
+}
+void* TVMBackendAllocWorkspace(int device_type, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
+  return cfmoe::alloc_workspace(device_type, device_id, bytes, dtype_code, dtype_bits);
+}
+int TVMBackendFreeWorkspace(int device_type, int device_id, void* pointer) {
+  return cfmoe::free_workspace(device_type, device_id, pointer);
+}
+}
+#endif

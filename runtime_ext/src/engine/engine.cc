@@ -104,9 +104,13 @@ void Engine::plan_memory(const EngineOptions& options) {
 void Engine::load(const EngineOptions& options) {
   const ModelFacts& facts = model();
   const IoMode io = parse_io_mode(options.io);
-  // The library runs code, so its digest comes first.
-  read_verified(artifact_.directory, artifact_.manifest, artifact_.target.library);
-  kernels_ = std::make_unique<KernelLibrary>(artifact_.path_of(artifact_.target.library));
+  if (KernelLibrary::is_static()) {
+    kernels_ = KernelLibrary::linked(artifact_.directory, artifact_.manifest.kernel_set, artifact_.target.name);
+  } else {
+    // The library runs code, so its digest comes first.
+    read_verified(artifact_.directory, artifact_.manifest, artifact_.target.library);
+    kernels_ = std::make_unique<KernelLibrary>(artifact_.path_of(artifact_.target.library));
+  }
   pool_ = std::make_unique<ThreadPool>(options.threads);
   weights_ = load_weights(artifact_.path_of("weights.bin"), artifact_.index.weights, io);
   append_warning(&warning_, weights_.warning);

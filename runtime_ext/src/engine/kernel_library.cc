@@ -52,6 +52,39 @@ KernelLibrary::KernelLibrary(const std::string& path) {
   }
 }
 
+KernelLibrary::KernelLibrary(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+#if defined(CFMOE_STATIC_KERNELS)
+
+bool KernelLibrary::is_static() { return true; }
+
+// The compiler's build_static names kernels by the set that they belong to: the same shapes, formats and target.
+std::unique_ptr<KernelLibrary> KernelLibrary::linked(const std::string& directory, const std::string& kernel_set,
+                                                     const std::string& target) {
+  std::string prefix = "cfmoe_" + kernel_set.substr(0, 16) + "_" + target + "_";
+  std::replace(prefix.begin(), prefix.end(), '-', '_');
+  const std::string all = std::string(",") + CFMOE_STATIC_KERNELS + ",";
+  if (all.find("," + prefix + ",") == std::string::npos) {
+    throw Error(directory + ": needs the kernels " + prefix + " and this program was built with " +
+                (all.size() > 2 ? all.substr(1, all.size() - 2) : "none") +
+                ": it runs models of the same shapes and quantisation only; build it with this artifact's kernels");
+  }
+  const auto open = ffi::Function::GetGlobalRequired("ffi.SystemLib");
+  return std::unique_ptr<KernelLibrary>(
+      new KernelLibrary(std::make_unique<Impl>(Impl{prefix, open(prefix).cast<ffi::Module>(), {}})));
+}
+
+#else
+
+bool KernelLibrary::is_static() { return false; }
+
+std::unique_ptr<KernelLibrary> KernelLibrary::linked(const std::string& directory, const std::string&,
+                                                     const std::string&) {
+  throw Error(ErrorKind::kInternal, directory + ": this program has no kernels of its own");
+}
+
+#endif
+
 KernelLibrary::~KernelLibrary() = default;
 
 Kernel KernelLibrary::get(const std::string& name) {

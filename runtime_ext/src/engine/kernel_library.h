@@ -26,6 +26,11 @@ class KernelLibrary {
  public:
   // Throws cfmoe::Error where the file cannot be loaded. Its digest is the caller's concern, before.
   explicit KernelLibrary(const std::string& path);
+  // The kernels of an artifact as they were linked into this program. Throws cfmoe::Error where it has those of others.
+  static std::unique_ptr<KernelLibrary> linked(const std::string& directory, const std::string& kernel_set,
+                                               const std::string& target);
+  // Whether this program brings its kernels instead of loading those of artifacts.
+  static bool is_static();
   ~KernelLibrary();
   KernelLibrary(const KernelLibrary&) = delete;
   KernelLibrary& operator=(const KernelLibrary&) = delete;
@@ -35,6 +40,7 @@ class KernelLibrary {
 
  private:
   struct Impl;
+  explicit KernelLibrary(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

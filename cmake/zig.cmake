@@ -1,0 +1,17 @@
+# Toolchain: zig of the Python package ziglang as a cross compiler that brings its own C and C++ libraries.
+#   -DCFMOE_ZIG_TARGET=aarch64-linux-musl -DPython_EXECUTABLE=PYTHON
+# The executable lies in the package, so that nothing need be on PATH.
+set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES CFMOE_ZIG_TARGET CFMOE_ZIG Python_EXECUTABLE)
+if(NOT CFMOE_ZIG)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c "import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name('zig'))"
+    OUTPUT_VARIABLE CFMOE_ZIG OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "The Python package ziglang is missing from ${Python_EXECUTABLE}: pip install 'cfmoe[cross]'.")
+  endif()
+endif()
+string(REGEX MATCH "^[^-]+" CMAKE_SYSTEM_PROCESSOR "${CFMOE_ZIG_TARGET}")
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_CXX_COMPILER "${CFMOE_ZIG}" c++)
+set(CMAKE_CXX_COMPILER_TARGET "${CFMOE_ZIG_TARGET}")
+set(CMAKE_CXX_FLAGS_INIT "-target ${CFMOE_ZIG_TARGET}")

@@ -1,0 +1,179 @@
+// One prompt and one answer of fixed lengths for each memory budget, each with an engine of its own.
+#include "bench.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+#include "cfmoe/cfmoe.h"
+#include "report.h"
+
+namespace cfmoe::tools {
+namespace {
+
+constexpr size_t kErrorBytes = 2048;
+
+struct Options {
+  std::string artifact, io = "auto", policy;
+  std::vector<std::string> budgets;
+  uint32_t prompt_tokens = 128, new_tokens = 64, context_size = 0;
+  int32_t threads = 0;
+  bool json = false;
+};
+
+template <typename Integer>
+Integer parse_integer(const std::string& option, const std::string& text, Integer most) {
+  Integer value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value > most || value < 0)
+    throw std::invalid_argument(option + " " + text + " is no number from 0 to " + std::to_string(most));
+  return value;
+}
+
+// "800MiB", "50%" or bytes.
+void parse_budget(const std::string& text, cfmoe_engine_options* out) {
+  char* end = nullptr;
+  const double number = std::strtod(text.c_str(), &end);
+  const std::string unit = end;
+  static const std::vector<std::pair<std::string, double>> kUnits = {
+      {"", 1},     {"B", 1},    {"KiB", 1024.0}, {"MiB", 1048576.0}, {"GiB", 1073741824.0}, {"kB", 1000.0},
+      {"MB", 1e6}, {"GB", 1e9}, {"%", 0}};
+  for (const auto& [name, factor] : kUnits) {
+    if (unit != name || end == text.c_str() || !(number > 0 && number < 1e15)) continue;
+    if (name == "%") {
+      out->expert_percent = number;
+    } else {
+      out->budget_bytes = static_cast<uint64_t>(number * factor);
+    }
+    return;
+  }
+  throw std::invalid_argument("--memory-budget " + text + " is no size: write bytes, 800MiB or 50%");
+}
+
+Options parse(const std::vector<std::string>& arguments) {
+  Options options;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& name = arguments[i];
+    if (!name.starts_with("--")) {
+      if (!options.artifact.empty()) throw std::invalid_argument(name + ": one artifact at a time");
+      options.artifact = name;
+      continue;
+    }
+    if (name == "--json") {
+      options.json = true;
+      continue;
+    }
+    if (i + 1 == arguments.size()) throw std::invalid_argument(name + " needs a value, or is unknown");
+    const std::string& value = arguments[++i];
+    if (name == "--memory-budget") {
+      for (size_t begin = 0; begin <= value.size();) {
+        const size_t end = std::min(value.find(',', begin), value.size());
+        options.budgets.push_back(value.substr(begin, end - begin));
+        begin = end + 1;
+      }
+    } else if (name == "--prompt-tokens") {
+      options.prompt_tokens = parse_integer<uint32_t>(name, value, 1 << 20);
+    } else if (name == "--new-tokens") {
+      options.new_tokens = parse_integer<uint32_t>(name, value, 1 << 20);
+    } else if (name == "--context-size") {
+      options.context_size = parse_integer<uint32_t>(name, value, 1 << 24);
+    } else if (name == "--threads") {
+      options.threads = parse_integer<int32_t>(name, value, 1024);
+    } else if (name == "--io") {
+      options.io = value;
+    } else if (name == "--policy") {
+      options.policy = value;
+    } else {
+      throw std::invalid_argument(name + " is unknown: see cfmoe-engine --help");
+    }
+  }
+  if (options.artifact.empty()) throw std::invalid_argument("bench needs the artifact's directory");
+  if (options.budgets.empty()) options.budgets.emplace_back();
+  return options;
+}
+
+void check(cfmoe_status status, const char* error) {
+  if (status != CFMOE_OK) throw std::runtime_error(error);
+}
+
+JsonObject measure(const Options& options, const std::string& budget) {
+  cfmoe_engine_options open;
+  cfmoe_engine_options_init(&open);
+  if (!budget.empty()) parse_budget(budget, &open);
+  open.context_size = options.context_size;
+  open.threads = options.threads;
+  open.io = options.io.c_str();
+  if (!options.policy.empty()) open.policy = options.policy.c_str();
+  char error[kErrorBytes];
+  cfmoe_engine* raw_engine = nullptr;
+  check(cfmoe_engine_open(options.artifact.c_str(), &open, &raw_engine, error, sizeof(error)), error);
+  const std::unique_ptr<cfmoe_engine, void (*)(cfmoe_engine*)> engine(raw_engine, cfmoe_engine_close);
+  cfmoe_session* raw_session = nullptr;
+  check(cfmoe_session_create(raw_engine, &raw_session, error, sizeof(error)), error);
+  const std::unique_ptr<cfmoe_session, void (*)(cfmoe_session*)> session(raw_session, cfmoe_session_destroy);
+
+  cfmoe_model_info model = {};
+  cfmoe_engine_model(raw_engine, &model);
+  std::vector<int32_t> prompt(options.prompt_tokens), tokens(options.new_tokens);
+  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>((31 * i + 7) % model.vocab_size);
+  uint32_t count = 0;
+  const int32_t no_stop = 0;
+  check(cfmoe_session_generate(raw_session, prompt.data(), options.prompt_tokens, options.new_tokens, nullptr, &no_stop,
+                               0, nullptr, nullptr, tokens.data(), &count, error, sizeof(error)),
+        error);
+  std::string ids = "[";
+  for (uint32_t i = 0; i < count; ++i) ids += (i == 0 ? "" : ", ") + std::to_string(tokens[i]);
+  JsonObject out;
+  out.add("memory_budget", budget)
+      .add("io", cfmoe_engine_io(raw_engine))
+      .add("policy", cfmoe_engine_policy(raw_engine))
+      .add("warning", cfmoe_engine_warning(raw_engine))
+      .add("prompt_tokens", options.prompt_tokens)
+      .add("new_tokens", count)
+      .raw("token_ids", ids + "]")
+      .add("metrics", metrics_json(raw_session))
+      .add("memory", memory_json(raw_engine));
+  if (!options.json) {
+    cfmoe_metrics metrics = {};
+    cfmoe_memory memory = {};
+    cfmoe_session_metrics(raw_session, &metrics);
+    cfmoe_engine_memory(raw_engine, &memory);
+    const auto rate = [](const cfmoe_phase_metrics& phase) {
+      return phase.seconds > 0 ? static_cast<double>(phase.tokens) / phase.seconds : 0.0;
+    };
+    const double accesses = static_cast<double>(metrics.decode.hits + metrics.decode.misses);
+    std::printf(
+        "%10.1f MiB %6u of %-6u %10.1f %10.1f %9.3f %12.1f\n", static_cast<double>(memory.budget_bytes) / 1048576.0,
+        memory.expert_slots, memory.expert_total, rate(metrics.prefill), rate(metrics.decode),
+        accesses > 0 ? static_cast<double>(metrics.decode.hits) / accesses : 0.0,
+        metrics.decode.tokens > 0
+            ? static_cast<double>(metrics.decode.bytes_read) / static_cast<double>(metrics.decode.tokens) / 1024.0
+            : 0.0);
+    std::fflush(stdout);
+  }
+  return out;
+}
+
+}  // namespace
+
+int bench(const std::vector<std::string>& arguments) {
+  try {
+    const Options options = parse(arguments);
+    if (!options.json) std::printf("        budget          experts  prefill/s   decode/s  hit rate  KiB/token\n");
+    std::string results;
+    for (const std::string& budget : options.budgets)
+      results += (results.empty() ? "" : ", ") + measure(options, budget).str();
+    if (options.json) std::printf("{\"results\": [%s]}\n", results.c_str());
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 2;
+  }
+}
+
+}  // namespace cfmoe::tools
