@@ -1,0 +1,282 @@
+"""A checkpoint as MLC-LLM's parameters: q4f16_1 in a tensor cache, and the mlc-chat-config.json beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfmoe.artifact.chat import render
+from cfmoe.artifact.staging import StagingDirectory
+from cfmoe.compile.checkpoint import Checkpoint, read_json
+from cfmoe.compile.decoder_config import DecoderConfig
+from cfmoe.compile.expert_weights import read_expert
+from cfmoe.compile.families import resolve
+from cfmoe.compile.families.base import WeightNames
+from cfmoe.compile.mlc_config import mlc_chat_config
+from cfmoe.errors import CFMoEError, os_error
+
+Progress = Callable[[str, int, int], None]
+
+_GROUP = 32
+_SHARD_BYTES = 32 << 20
+_TABLE = "tensor-cache.json"
+# MLC-LLM's names for the fused projection of queries, keys and values.
+_QKV = {"deepseek": "wqkv_pack", "mixtral": "qkv_proj", "qwen2_moe": "c_attn", "qwen3_moe": "c_attn"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """q4f16_1: (uint32 codes [..., 4 * groups], fp16 scales [..., groups]) of groups of 32 along the last axis.
+
+    A last group that is short counts as filled with zeros. Element j of a row is bits 4 * (j % 8) of word j // 8; the value is
+    (code - 7) * scale.
+    """
+    values = np.asarray(weight, np.float32)
+    *lead, inputs = values.shape
+    groups = -(-inputs // _GROUP)
+    if missing := groups * _GROUP - inputs:
+        values = np.concatenate([values, np.zeros((*lead, missing), np.float32)], axis=-1)
+    values = values.reshape(*lead, groups, _GROUP)
+    scales = (np.abs(values).max(-1) / 7).astype(np.float16)
+    divisor = np.where(scales == 0, 1, scales).astype(np.float32)[..., None]
+    codes = np.clip(np.rint(values / divisor) + 7, 0, 14).astype(np.uint32).reshape(*lead, groups * 4, 8)
+    words = np.zeros(codes.shape[:-1], np.uint32)
+    for at in range(8):
+        words |= codes[..., at] << np.uint32(4 * at)
+    return words, scales
+
+
+class _Parameters:
+    """Names and values in MLC-LLM's order of layers; matrices quantised, routers, gates and norms fp16."""
+
+    def __init__(self, checkpoint: Checkpoint, config: DecoderConfig, names: WeightNames) -> None:
+        self.checkpoint, self.c, self.names = checkpoint, config, names
+
+    def _read(self, name: str, *shape: int) -> np.ndarray:
+        return self.checkpoint.read(name, shape)
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
+        c, names = self.c, self.names
+        yield from _quantised("model.embed_tokens", self._read(names.embedding, c.vocab_size, c.hidden_size))
+        for layer in range(c.num_layers):
+            to = f"model.layers.{layer}."
+            yield f"{to}input_layernorm.weight", self._half(names.input_norm.format(l=layer), c.hidden_size)
+            yield f"{to}post_attention_layernorm.weight", self._half(names.post_norm.format(l=layer), c.hidden_size)
+            yield from self._attention(layer, f"{to}self_attn.")
+            if layer in c.moe_layers:
+                yield from self._moe(layer, to)
+            else:
+                yield from self._feed_forward(names.dense, layer, c.dense_ffn_size, f"{to}mlp.")
+        yield "model.norm.weight", self._half(names.final_norm, c.hidden_size)
+        if not c.tie_embeddings:
+            yield from _quantised("lm_head", self._read(names.head, c.vocab_size, c.hidden_size))
+
+    def _half(self, name: str, *shape: int) -> np.ndarray:
+        return self._read(name, *shape).astype(np.float16)
+
+    def _attention(self, layer: int, to: str) -> Iterator[tuple[str, np.ndarray]]:
+        c, prefix, fused = self.c, self.names.attention.format(l=layer), _QKV[self.c.family]
+        heads = (("q_proj", c.num_heads), ("k_proj", c.num_kv_heads), ("v_proj", c.num_kv_heads))
+        parts = [self._read(f"{prefix}{name}.weight", n * c.head_dim, c.hidden_size) for name, n in heads]
+        yield from _quantised(f"{to}{fused}", np.concatenate(parts))
+        if c.qkv_bias:
+            yield f"{to}{fused}.bias", np.concatenate([self._half(f"{prefix}{name}.bias", n * c.head_dim) for name, n in heads])
+        yield from _quantised(f"{to}o_proj", self._read(f"{prefix}o_proj.weight", c.hidden_size, c.num_heads * c.head_dim))
+        if c.qk_norm == "head":
+            for name in ("q_norm", "k_norm"):
+                yield f"{to}{name}.weight", self._half(f"{prefix}{name}.weight", c.head_dim)
+
+    def _moe(self, layer: int, to: str) -> Iterator[tuple[str, np.ndarray]]:
+        c, names = self.c, self.names
+        mixtral = c.family == "mixtral"
+        to = f"{to}moe." if mixtral else f"{to}mlp."
+        yield f"{to}gate.weight", self._half(f"{names.router.format(l=layer)}.weight", c.num_experts, c.hidden_size)
+        gate_up, down = [], []
+        for expert in range(c.num_experts):
+            w = read_expert(self.checkpoint, c, names, layer, expert)
+            gate_up.append(quantise(np.concatenate([w.gate, w.up])))
+            down.append(quantise(w.down))
+        for name, stack in (("e1_e3" if mixtral else "moe_gate_up_proj", gate_up), ("e2" if mixtral else "moe_down_proj", down)):
+            yield f"{to}{name}.q_weight", np.stack([words for words, _ in stack])
+            yield f"{to}{name}.q_scale", np.stack([scales for _, scales in stack])
+        if c.shared_ffn_size:
+            shared = "shared_experts" if c.family == "deepseek" else "shared_expert"
+            yield from self._feed_forward(names.shared, layer, c.shared_ffn_size, f"{to}{shared}.")
+            if c.shared_gate:
+                yield f"{to}shared_expert_gate.weight", self._half(names.shared_gate.format(l=layer), 1, c.hidden_size)
+
+    def _feed_forward(self, template: str, layer: int, ffn: int, to: str) -> Iterator[tuple[str, np.ndarray]]:
+        hidden = self.c.hidden_size
+        pair = [self._read(template.format(l=layer, part=part), ffn, hidden) for part in ("gate", "up")]
+        yield from _quantised(f"{to}gate_up_proj", np.concatenate(pair))
+        yield from _quantised(f"{to}down_proj", self._read(template.format(l=layer, part="down"), hidden, ffn))
+
+
+def _quantised(name: str, weight: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    words, scales = quantise(weight)
+    yield f"{name}.q_weight", words
+    yield f"{name}.q_scale", scales
+
+
+class _Shards:
+    """Collects tensors into shards of 32 MiB; a tensor of half that or more that does not fit the shard gets one of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.records: list[dict[str, Any]] = []
+        self._waiting: list[tuple[str, np.ndarray]] = []
+        self._bytes = 0
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if self._bytes + array.nbytes > _SHARD_BYTES:
+            if 2 * array.nbytes >= _SHARD_BYTES:
+                self._write([(name, array)])
+                return
+            self.flush()
+        self._waiting.append((name, array))
+        self._bytes += array.nbytes
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._write(self._waiting)
+        self._waiting, self._bytes = [], 0
+
+    def _write(self, tensors: list[tuple[str, np.ndarray]]) -> None:
+        file = f"params_shard_{len(self.records)}.bin"
+        digest, rows, offset = hashlib.md5(usedforsecurity=False), [], 0
+        with open(self.directory / file, "wb") as stream:
+            for name, array in tensors:
+                data = np.ascontiguousarray(array).data.cast("B")
+                stream.write(data)
+                digest.update(data)
+                row = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name, "format": "f32-to-bf16"}
+                rows.append(row | {"nbytes": array.nbytes, "byteOffset": offset})
+                offset += array.nbytes
+        record = {"dataPath": file, "format": "raw-shard", "nbytes": offset, "records": rows, "md5sum": digest.hexdigest()}
+        self.records.append(record)
+
+
+def conversation(template: str | None, special_tokens: dict[str, str], stop_ids: list[int]) -> dict[str, Any]:
+    """MLC-LLM's form of a chat template: what stands before, between and after messages, found by rendering two short chats.
+
+    Without a template, or where it does more than put texts around messages, messages stand bare, as for a model that continues text.
+    """
+    start, user, answer, end = _around(template, special_tokens) if template else ("", "", "", "")
+    return {
+        "name": "checkpoint",
+        "system_template": start + "{system_message}",
+        "system_message": "",
+        "system_prefix_token_ids": None,
+        "add_role_after_system_message": True,
+        "roles": {"user": user, "assistant": answer, "tool": user},
+        "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
+        "messages": [],
+        "seps": ["", end],
+        "role_content_sep": "",
+        "role_empty_sep": "",
+        "stop_str": [],
+        "stop_token_ids": stop_ids,
+        "strip_reasoning_in_history": False,
+        "function_string": "",
+        "use_function_calling": False,
+    }
+
+
+def _around(template: str, special_tokens: dict[str, str]) -> tuple[str, str, str, str]:
+    """(start, before the user, between user and answer, behind the answer)."""
+    one, two, three = "QUESTION-1", "ANSWER-1", "QUESTION-2"
+    chat = [{"role": "user", "content": one}]
+    longer = [*chat, {"role": "assistant", "content": two}, {"role": "user", "content": three}]
+    first, second = (render(template, messages, special_tokens) for messages in (chat, longer))
+    if first.count(one) != 1 or any(second.count(text) != 1 for text in (one, two, three)):
+        return "", "", "", ""
+    before, answer = first.split(one)
+    head, rest = second.split(one)
+    middle, rest = rest.split(two) if two in rest else ("", "")
+    between, tail = rest.split(three) if three in rest else ("", "")
+    if (head, middle, tail) != (before, answer, answer):
+        return "", "", "", ""
+    common = 0
+    while common < min(len(before), len(between)) and before[-1 - common] == between[-1 - common]:
+        common += 1
+    return before[: len(before) - common], before[len(before) - common :], answer, between[: len(between) - common]
+
+
+def _chat_config(model: Path, config: DecoderConfig, raw: dict[str, Any]) -> dict[str, Any]:
+    files = [name for name in _TOKENIZER_FILES if (model / name).exists()]
+    chat = mlc_chat_config(model, config, "q4f16_1", 2048, files)
+    tokenizer = read_json(model / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+    path = model / "chat_template.jinja"
+    template = path.read_text("utf-8") if path.exists() else tokenizer.get("chat_template")
+    special: dict[str, str] = {}
+    for name in ("bos_token", "eos_token"):
+        token = tokenizer.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        special |= {name: text} if isinstance(text, str) else {}
+    fields = {key: value for key, value in raw.items() if key not in ("rope_parameters", "num_local_experts")}
+    # MLC-LLM reads the number of experts and the base under these names.
+    count = {"deepseek": "n_routed_experts", "mixtral": "num_local_experts"}.get(config.family, "num_experts")
+    fields |= {count: config.num_experts, "rope_theta": config.rope.theta, "head_dim": config.head_dim}
+    fields |= {"context_window_size": config.context_size, "prefill_chunk_size": 2048, "tensor_parallel_shards": 1}
+    return chat | {
+        "quantization": "q4f16_1",
+        "model_config": fields,
+        "conv_template": conversation(template if isinstance(template, str) else None, special, list(config.eos_token_ids)),
+    }
+
+
+def export_mlc(model: Path, out: Path, *, force: bool = False, progress: Progress = lambda _what, _done, _total: None) -> Path:
+    """Writes checkpoint directory `model` to directory `out` for MLC-LLM and returns it; one layer is in memory at a time.
+
+    Raises CFMoEError where MLC-LLM lacks the family or what the model needs of it, or `out` exists.
+    """
+    checkpoint = Checkpoint(model)
+    config, names = resolve(checkpoint.config, str(model / "config.json"))
+    if config.family not in _QKV:
+        raise CFMoEError(f"{model}: the export to MLC-LLM takes {', '.join(sorted(_QKV))}; this is {config.family}")
+    if config.rope.kind not in ("default", "llama3"):
+        raise CFMoEError(f"{model}: rope_scaling of type {config.rope.kind!r}: the export to MLC-LLM takes 'default' and 'llama3'")
+    if any(config.windows):
+        raise CFMoEError(f"{model}: sliding_window is {config.windows[0]}: the export to MLC-LLM has none; set it to null")
+    if config.family in ("qwen2_moe", "qwen3_moe") and len(config.moe_layers) < config.num_layers:
+        raise CFMoEError(f"{model}: mlp_only_layers: MLC-LLM's {config.family} has experts in every layer")
+    staging = StagingDirectory(out, force, recognise=lambda path: (path / _TABLE).is_file(), kind="exports to MLC-LLM")
+    finished = False
+    try:
+        shards = _Shards(staging.path)
+        done = 0
+        for name, array in _Parameters(checkpoint, config, names):
+            shards.add(name, array)
+            if name.endswith("input_layernorm.weight"):
+                done += 1
+                progress("layers", done, config.num_layers)
+        shards.flush()
+        size = sum(record["nbytes"] for record in shards.records)
+        count = sum(len(record["records"]) for record in shards.records)
+        weights = sum(
+            int(np.prod(row["shape"])) * (8 if row["dtype"] == "uint32" else 1)
+            for record in shards.records
+            for row in record["records"]
+            if not row["name"].endswith(".q_scale")
+        )
+        metadata = {"ParamSize": count, "ParamBytes": float(size), "BitsPerParam": size * 8 / weights}
+        table = {"metadata": metadata, "records": shards.records}
+        (staging.path / _TABLE).write_text(json.dumps(table, indent=2) + "\n")
+        chat = _chat_config(model, config, checkpoint.config)
+        (staging.path / "mlc-chat-config.json").write_text(json.dumps(chat, indent=2) + "\n")
+        for file in chat["tokenizer_files"]:
+            shutil.copy(model / file, staging.path / file)
+        staging.commit()
+        finished = True
+    except OSError as error:
+        raise os_error(error, out, "write") from error
+    finally:
+        if not finished:
+            staging.discard()
+    return out
