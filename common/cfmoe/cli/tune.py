@@ -62,7 +62,7 @@ def tune(
     ] = None,
     qlora: Annotated[bool, typer.Option("--qlora", help="Hold the frozen linear layers in 4 bits; needs bitsandbytes and CUDA.")] = False,
     locality: Annotated[LocalityKind, typer.Option("--locality", help="The locality loss.")] = LocalityKind.cache,
-    locality_weight: Annotated[float, typer.Option("--locality-weight", min=0.0, help="Weight of the locality loss.")] = 0.3,
+    locality_weight: Annotated[float, typer.Option("--locality-weight", min=0.0, help="Weight of the locality loss.")] = 0.15,
     quality_budget: Annotated[
         str | None,
         typer.Option("--quality-budget", help="Let the weight follow from what perplexity may rise, 0.5% for instance."),

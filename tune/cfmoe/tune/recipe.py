@@ -70,7 +70,7 @@ class Recipe:
     qlora: bool = False
     # what for
     locality: str = "cache"
-    locality_weight: float = 0.3
+    locality_weight: float = 0.15
     ramp: float = 0.1
     release: float = 0.0
     quality_budget: float | None = None
