@@ -17,8 +17,9 @@ from cfmoe.compile.convert import Converter
 from cfmoe.compile.decoder_config import Quantisation
 from cfmoe.compile.expert_weights import mxfp4
 from cfmoe.compile.families import resolve
+from cfmoe.compile.footprint import footprint_of_checkpoint
 from cfmoe.errors import CFMoEError
-from tiny_families import tiny_checkpoint
+from tiny_families import TINY, tiny_checkpoint
 
 Tensors = dict[str, np.ndarray]
 
@@ -126,6 +127,19 @@ def test_experts_in_mxfp4_are_those_they_stand_for(tmp_path: Path, demo_model: P
     other = rewritten(model, tmp_path / "mxfp4", lambda t: packed(t, False))
     assert "model.layers.1.mlp.experts.down_proj" not in Checkpoint(other)
     assert_same(plain, other)
+
+
+@pytest.mark.parametrize("case", sorted(TINY))
+def test_the_planner_knows_the_sizes_of_every_family(case: str, tmp_path: Path, demo_model: Path) -> None:
+    model = tiny_checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json")
+    checkpoint = Checkpoint(model)
+    config, names = resolve(checkpoint.config, str(model / "config.json"))
+    converter = Converter(checkpoint, config, names, Quantisation.named("f32"))
+    estimate = footprint_of_checkpoint(model, "f32", context_size=512)
+    assert estimate.record_bytes == converter.expert_record(config.moe_layers[0], 0).nbytes
+    assert estimate.weights_bytes == pytest.approx(sum(array.nbytes for _, array in converter.dense_weights()), rel=0.05)
+    key_and_value = {"deepseek_v2": 96 + 32, "olmoe": 32 + 32}.get(TINY[case][0], 2 * config.head_dim)
+    assert estimate.kv_bytes == 2 * config.num_kv_heads * key_and_value * 512 * 4
 
 
 def drop(name: str) -> Callable[[Tensors], Tensors]:

@@ -35,7 +35,8 @@ def footprint_of_checkpoint(model: Path, quant: str = "mixed", context_size: int
         config.num_experts,
         config.top_k,
         _weights_bytes(config, quantisation),
-        kv_bytes(config.num_layers, config.num_kv_heads, config.head_dim, context, quantisation.kv_dtype),
+        # Keys and values may differ in width: half of their sum, twice.
+        kv_bytes(config.num_layers, config.num_kv_heads, (config.head_dim + config.value_dim) // 2, context, quantisation.kv_dtype),
         workspace_bytes(_CHUNK, config.hidden_size),
         record,
         -(-record // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT,
@@ -58,4 +59,5 @@ def _weights_bytes(c: DecoderConfig, q: Quantisation) -> int:
     for layers, ffn in ((dense_layers, c.dense_ffn_size), (len(c.moe_layers), c.shared_ffn_size)):
         if layers and ffn:
             total += layers * (2 * _matrix(q["dense"], c.hidden_size, ffn) + _matrix(q["dense"], ffn, c.hidden_size))
-    return total + len(c.moe_layers) * _matrix("f32", c.hidden_size, c.num_experts)
+    gates = [c.num_experts, *([1] if c.shared_gate else [])]
+    return total + len(c.moe_layers) * sum(_matrix("f32", c.hidden_size, outputs) for outputs in gates)
