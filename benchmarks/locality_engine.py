@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from locality import UNTOUCHED, lru_hits, text_rows, tokenise
+from locality_measure import UNTOUCHED, lru_hits, text_rows, tokenise
 
 from cfmoe.compile import compile_model
 from cfmoe.measure.machine import describe
 from cfmoe.runtime import Engine
 from cfmoe.tune.checkpoint import load_model
-from cfmoe.tune.recipe import save_merged
+from cfmoe.tune.merged import save_merged
 from cfmoe.tune.routers import RouterRecorder
 
 

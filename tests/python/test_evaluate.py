@@ -296,10 +296,10 @@ def test_two_processes_measure_the_same(demo_model: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("locality_benchmark", ROOT / "benchmarks" / "locality.py")
+    spec = importlib.util.spec_from_file_location("locality_measure", ROOT / "benchmarks" / "locality_measure.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["locality_benchmark"] = module
+    sys.modules["locality_measure"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -23,6 +23,7 @@ from cfmoe.errors import CFMoEError  # noqa: E402
 from cfmoe.tune import recipe as recipes  # noqa: E402
 from cfmoe.tune.checkpoint import load_model  # noqa: E402
 from cfmoe.tune.elastic import load_adapter  # noqa: E402
+from cfmoe.tune.merged import save_merged  # noqa: E402
 from cfmoe.tune.recipe import Recipe, tune  # noqa: E402
 from cfmoe.tune.schedule import QualityBudget, weight_at  # noqa: E402
 from cfmoe.tune.trainer import LocalityTrainer, balance_loss  # noqa: E402
@@ -155,8 +156,8 @@ def test_adapters_are_averaged_and_scaled(base: Recipe, tmp_path: Path) -> None:
     adapters = [out / "adapter" for out in outs]
     device = torch.device("cpu")
     start, one, two = (load_model(path, device).state_dict() for path in (base.model, outs[0] / "merged", outs[1] / "merged"))
-    recipes.save_merged(base.model, adapters, tmp_path / "mean", 0.5)
-    recipes.save_merged(base.model, adapters[:1], tmp_path / "none", 0.0)
+    save_merged(base.model, adapters, tmp_path / "mean", 0.5)
+    save_merged(base.model, adapters[:1], tmp_path / "none", 0.0)
     mean, none = (load_model(tmp_path / name, device).state_dict() for name in ("mean", "none"))
     for name, value in start.items():
         torch.testing.assert_close(none[name], value, rtol=0, atol=0)
@@ -247,7 +248,7 @@ def test_distillation_starts_at_nothing_to_mend(base: Recipe, adapter: str) -> N
     recipe = replace(base, adapter=adapter, distill=1.0, locality_weight=0.0, aux_loss_alpha=0.0, learning_rate=1e-6)
     summary = follow(recipe)
     assert losses(summary) == pytest.approx([0.0] * 3, abs=1e-6)
-    assert summary["after"]["loss"] == pytest.approx(summary["before"]["loss"], rel=1e-6)
+    assert summary["after"]["loss"] == pytest.approx(summary["before"]["loss"], rel=1e-5)
 
 
 def test_weight_rises_stays_and_falls() -> None:
