@@ -11,6 +11,7 @@ BIN := .venv/bin
 PYTEST_FLAGS ?= -n 2
 FUZZ_RUNS ?= 2000
 FUZZ_RUNS_FULL ?= 200000
+FUZZ_CAPI_RUNS_FULL ?= 40000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment's cmake and ninja, whether it is activated or not.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -74,10 +75,12 @@ test-cpp: build/asan/.built build/tsan/.built ## the C++ tests, under AddressSan
 	build/asan/cfmoe_tests
 	build/tsan/cfmoe_tests
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS)
+	build/asan/cfmoe_fuzz_capi $(FUZZ_RUNS)
 
 .PHONY: fuzz
-fuzz: build/asan/.built ## long fuzzing of the loader
+fuzz: build/asan/.built ## long fuzzing of the loader and of the C API
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS_FULL)
+	build/asan/cfmoe_fuzz_capi $(FUZZ_CAPI_RUNS_FULL)
 
 .PHONY: lint
 lint: .venv/.installed ## ruff, mypy, clang-format

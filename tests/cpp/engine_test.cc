@@ -16,24 +16,12 @@
 #include "expect_error.h"
 #include "fixtures.h"
 #include "plan_fixture.h"
+#include "toy_artifact.h"
 
 namespace cfmoe {
 namespace {
 
-class ToyArtifact {
- public:
-  explicit ToyArtifact(const std::string& plan = test::plan_text()) {
-    std::map<std::string, std::string> files = test::artifact_contents();
-    files["lib/host/kernels.so"] = test::read_file(CFMOE_TEST_KERNELS);
-    files["lib/host/plan.json"] = plan;
-    for (const auto& [name, bytes] : files) test::write_file(directory_ / name, bytes);
-    test::write_file(directory_ / "manifest.json", test::manifest_text(files));
-  }
-  const std::string& path() const { return directory_.path(); }
-
- private:
-  test::TempDir directory_;
-};
+using test::ToyArtifact;
 
 EngineOptions options(double percent, const std::string& io = "buffered", int32_t threads = 2) {
   EngineOptions out;

@@ -18,6 +18,8 @@
 #include "fixtures.h"
 #include "plan_fixture.h"
 #include "simulate/simulator.h"
+#include "tokenizer/byte_level_bpe.h"
+#include "tokenizer_fixture.h"
 #include "trace/trace.h"
 #include "trace_fixture.h"
 
@@ -164,6 +166,13 @@ std::vector<Target> targets() {
        [manifest = parse_manifest(test::manifest_text(test::artifact_contents()), "manifest.json"),
         index = parse_index(test::index_text(), "index.json", 4096, kStride * kLayers * kExperts)](
            const std::string& text) { parse_plan(text, "plan.json", manifest, index); }},
+      {"tokenizer", test::tokenizer_text(),
+       [](const std::string& text) {
+         const ByteLevelBpe bpe(text, "tokenizer.json");
+         std::vector<int32_t> ids;
+         bpe.encode("the thing <|end|> in 12  \n\u65E5 <|enx", &ids);
+         for (const int32_t id : ids) bpe.bytes(id, false);
+       }},
       {"trace", valid_trace({3, 8, 2, true}), replay, false, true},
       {"trace of many experts", valid_trace({2, 300, 2, false}), replay, false, true},
       {"trace, broken seals", valid_trace({3, 8, 2, true}),
