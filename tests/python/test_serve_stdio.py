@@ -167,6 +167,7 @@ def test_a_killed_engine_and_another_one_after_it(demo_artifact: Path) -> None:
         assert process.generate(prompt=PROMPT, max_new_tokens=20, stop_tokens=[])[0] == expected
 
 
+@pytest.mark.slow
 def test_a_hundred_loads_leave_no_memory_behind(demo_artifact: Path) -> None:
     # The sanitizer keeps what was freed for a while.
     with EngineProcess(environment={"ASAN_OPTIONS": "quarantine_size_mb=1:thread_local_quarantine_size_kb=64"}) as process:
@@ -179,7 +180,7 @@ def test_a_hundred_loads_leave_no_memory_behind(demo_artifact: Path) -> None:
     assert max(sizes[50:]) <= max(sizes[:50]) + (2 << 20)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_requests_damaged_at_random_never_end_the_engine(seed: int, demo_artifact: Path) -> None:
     source = random.Random(seed)
     valid = [
