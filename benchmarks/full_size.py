@@ -92,6 +92,7 @@ def measure(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     }
     for budget in arguments.budgets.split(","):
         options = ["--memory-budget", budget, "--io", "direct", "--max-new-tokens", arguments.new_tokens, "--context-size", 512]
+        options += ["--temperature", 1]  # greedy, random weights repeat one token for ever
         result, seconds, _ = steps.run("run", artifact, "--prompt", PROMPT, *options)
         decode, kept = result["decode"], result["memory"]
         tokens = max(1, result["new_tokens"] - 1)

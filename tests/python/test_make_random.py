@@ -86,7 +86,7 @@ def test_a_checkpoint_converts_whole(name: str, tmp_path: Path, monkeypatch: pyt
     config, names = resolve(checkpoint.config, "config.json")
     converter = Converter(checkpoint, config, names, Quantisation.named("f32"))
     dense = dict(converter.dense_weights())
-    assert dense["embedding"].std() == pytest.approx(0.02, rel=0.05)
+    assert dense["embedding"].std() == pytest.approx(1.0, rel=0.15)  # 300 columns of 320
     record = converter.expert_record(config.moe_layers[0], 7).view(np.float32)
     weights = record[record != 0]
     assert weights.std() == pytest.approx(0.02, rel=0.25)

