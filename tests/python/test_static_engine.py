@@ -27,7 +27,7 @@ CPUS = {"max": "aarch64-dotprod", "cortex-a53": "aarch64"}
 PROMPT = "The proposal adds"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cross,
     pytest.mark.skipif(QEMU is None, reason="qemu-aarch64-static is missing: apt-get install qemu-user-static"),
     pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="zig is missing: pip install 'cfmoe[cross]'"),
 ]

@@ -115,13 +115,12 @@ def _write_target(
     dump_ir: Path | None,
 ) -> tuple[dict[str, Any], str]:
     mod, parameters = lower(config, quantisation, target, chunk, dump_ir)
-    kernels = kernels_of(mod)
     folder = f"lib/{target.name}"
     document = plan.emit(mod, config, quantisation, chunk, parameters, TILE)
     writer.add_file(f"{folder}/plan.json", json.dumps(document, separators=(",", ":")).encode())
     with tempfile.TemporaryDirectory(prefix="cfmoe-") as scratch:
         library = Path(scratch) / "kernels.so"
-        cpu_targets.build(kernels, target, library)
+        kernel_set = cpu_targets.build(kernels_of(mod), target, library)
         writer.copy_file(library, f"{folder}/kernels.so")
     entry = {
         "device": "cpu",
@@ -130,7 +129,7 @@ def _write_target(
         "library": f"{folder}/kernels.so",
         "plan": f"{folder}/plan.json",
     }
-    return entry, hashlib.sha256(kernels.script().encode()).hexdigest()
+    return entry, kernel_set
 
 
 def _fingerprint(checkpoint: Checkpoint, quant: str) -> str:
