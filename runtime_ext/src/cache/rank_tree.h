@@ -14,7 +14,7 @@ struct Rank {
 
 class RankTree {
  public:
-  explicit RankTree(int32_t size) : size_(size), ranks_(static_cast<size_t>(size)) {
+  explicit RankTree(int32_t size) : ranks_(static_cast<size_t>(size)) {
     while (leaves_ < size) leaves_ *= 2;
     clear();
   }
@@ -58,7 +58,7 @@ class RankTree {
     return better(least_below(2 * node, excluded), least_below(2 * node + 1, excluded));
   }
 
-  int32_t size_, leaves_ = 1;
+  int32_t leaves_ = 1;
   std::vector<Rank> ranks_;
   std::vector<int32_t> winners_;  // a binary heap's layout: the root at 1, leaves from leaves_
 };
