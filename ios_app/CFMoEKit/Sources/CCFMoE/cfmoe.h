@@ -1,0 +1,1 @@
+../../../../runtime_ext/include/cfmoe/cfmoe.h

@@ -1,0 +1,2 @@
+/* What the module CZlib shows: the system's zlib, wherever its SDK keeps it. */
+#include <zlib.h>
