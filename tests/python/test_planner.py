@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfmoe.artifact import Artifact
+from cfmoe.compile import compile_model
 from cfmoe.compile.footprint import footprint_of_checkpoint
 from cfmoe.errors import CFMoEError
 from cfmoe.measure.bandwidth import _fit, file_speed
@@ -22,6 +23,7 @@ from cfmoe.planner.footprint import Footprint
 from cfmoe.planner.sweep import cache_slots
 from cfmoe.runtime import Counts, Engine, Simulation, Simulator
 from cfmoe.trace.synthetic import synthetic_trace
+from tiny_families import tiny_checkpoint
 
 # Reading one record of 1,000 bytes: 1 ms + 1,000 / 1e6 = 2 ms; two: 1 ms + 2,000 / 2e6 = 2 ms; four: 1 ms + 4,000 / 2e6 = 3 ms.
 DEVICE = DeviceProfile("d", "test", 1e9, 0.5, 0.001, 0.0001, 0.001, 1e6, 2e6)
@@ -107,6 +109,14 @@ def test_estimates_agree_with_the_engine(quant: str, demo_model: Path, compiled:
         assert estimate.kv_bytes == exact.kv_bytes
         assert abs(estimate.workspace_bytes - exact.workspace_bytes) < 2 << 20
         assert estimate.estimated and not exact.estimated
+
+
+def test_keys_and_values_of_latent_attention(demo_model: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint("deepseek_v2", tmp_path / "model", demo_model / "tokenizer.json")  # keys of 96 elements, values of 32
+    artifact = Artifact.open(compile_model(model, tmp_path / "artifact", quant="q8"))
+    with Engine(artifact.path) as engine:
+        exact = engine.memory.kv_bytes
+    assert footprint.of_artifact(artifact).kv_bytes == footprint_of_checkpoint(model, "q8").kv_bytes == exact
 
 
 def test_calibration_of_this_machine(demo_artifact: Path) -> None:

@@ -179,6 +179,15 @@ class Artifact:
         layout = self.index.experts
         return layout.layers * layout.experts * layout.record_stride
 
+    def value_dim(self) -> int:
+        """Width of a head's values, which a plan tells; the manifest has that of queries and keys. Raises CFMoEError."""
+        path = self.path / next(iter(self.manifest.targets.values())).plan
+        shape = _parse_object(_read_json_bytes(path), path).object("kv").value("v_shape")
+        width = shape[-1] if isinstance(shape, list) and shape else None
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= _COUNT:
+            raise CFMoEError(f"{path}: kv.v_shape is {shape!r}, which does not end in a width; {_RECOMPILE}")
+        return width
+
 
 def _read_json_bytes(path: Path) -> bytes:
     try:

@@ -94,6 +94,29 @@ def file_speed(path: Path, sizes: Sequence[int], repeat: int = 24) -> StorageSpe
         os.close(descriptor)
 
 
+def streaming_speed(path: Path, size: int, total: int = 1 << 30) -> float:
+    """Bytes per second of two readers that are never idle, over `total` bytes of `path` in shuffled pieces of `size`, a multiple of 16 KiB.
+
+    Past the page cache. It is what storage could give to an engine that always has the next read waiting. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        pieces = max(1, path.stat().st_size // size)
+        places = random.Random(size).choices(range(pieces), k=max(_READERS, total // size))
+
+        def read(mine: Sequence[int]) -> None:
+            with mmap.mmap(-1, size) as buffer:
+                for place in mine:
+                    os.preadv(descriptor, [buffer], place * size)
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            start = time.perf_counter()
+            list(readers.map(read, [places[first::_READERS] for first in range(_READERS)]))
+            return len(places) * size / (time.perf_counter() - start)
+    finally:
+        os.close(descriptor)
+
+
 def _fit(times: dict[tuple[int, int], float]) -> tuple[float, float, float]:
     """Latency and the two bandwidths that explain the times of (reads at once, bytes of each), by least squares of relative errors."""
     rows = [[1.0, size if count == 1 else 0.0, count * size if count > 1 else 0.0] for count, size in times]

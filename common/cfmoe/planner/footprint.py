@@ -102,7 +102,7 @@ def of_artifact(artifact: Artifact, context_size: int | None = None) -> Footprin
         experts.experts,
         model.top_k,
         manifest.files["weights.bin"].size,
-        kv_bytes(model.num_layers, model.num_kv_heads, model.head_dim, context, manifest.kv_dtype),
+        kv_bytes(model.num_layers, model.num_kv_heads, model.head_dim + artifact.value_dim(), context, manifest.kv_dtype),
         workspace_bytes(manifest.prefill_chunk, model.hidden_size),
         experts.record_bytes,
         experts.record_stride,
@@ -110,9 +110,9 @@ def of_artifact(artifact: Artifact, context_size: int | None = None) -> Footprin
     )
 
 
-def kv_bytes(layers: int, heads: int, head_dim: int, context: int, dtype: str) -> int:
-    """Keys and values of `context` tokens."""
-    return 2 * layers * heads * head_dim * context * (4 if dtype == "float32" else 2)
+def kv_bytes(layers: int, heads: int, width: int, context: int, dtype: str) -> int:
+    """Keys and values of `context` tokens; `width` is what a head's key and value have together."""
+    return layers * heads * width * context * (4 if dtype == "float32" else 2)
 
 
 def workspace_bytes(chunk: int, hidden: int) -> int:

@@ -43,7 +43,6 @@ class Checkpoint:
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self.tensors = self._locate()
-        self._open: dict[Path, Any] = {}
 
     def _locate(self) -> dict[str, Path]:
         index = self.directory / "model.safetensors.index.json"

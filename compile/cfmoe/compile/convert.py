@@ -1,8 +1,14 @@
-"""Streams a checkpoint's weights into an artifact: packed, layer by layer, one matrix in memory at a time."""
+"""Streams a checkpoint's weights into an artifact: packed, layer by layer, a few matrices in memory at a time."""
 
 from __future__ import annotations
 
+import collections
+import functools
+import itertools
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +23,9 @@ from cfmoe.compile.kernels.matmul import FORMATS, padded
 from cfmoe.compile.quantise import pack, pack_interleaved
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+_MOST_PACKERS = 4  # each holds an expert, before and after packing; more of them wait for storage
 
 
 def _scaled(weight: np.ndarray, factor: float) -> np.ndarray:
@@ -146,17 +155,34 @@ class Converter:
         sections = record_sections(fmt, c.hidden_size, c.expert_ffn_size, c.expert_bias)
         size = sum(length for _, length in sections.values())
         writer.set_expert_layout(fmt, len(c.moe_layers), c.num_experts, size, sections)
-        total = c.num_layers + len(c.moe_layers) * c.num_experts
+        count = len(c.moe_layers) * c.num_experts
+        total = c.num_layers + count
         done = 0
-        for name, array in self.dense_weights():
-            writer.add_weight(name, array.reshape(-1))
-            if name.endswith("input_norm.weight"):
+        # Reading and packing leave the interpreter's lock alone; digests and writing stay here, in order.
+        with ThreadPoolExecutor(1) as pool:
+            step = functools.partial(next, self.dense_weights(), None)
+            for item in itertools.takewhile(lambda item: item is not None, _in_order(pool, itertools.repeat(step), 1)):
+                name, array = item
+                writer.add_weight(name, array.reshape(-1))
+                if name.endswith("input_norm.weight"):
+                    done += 1
+                    progress("dense weights", done, total)
+        first = writer.records_done
+        done += first
+        places = [divmod(record, c.num_experts) for record in range(first, count)]
+        packers = min(_MOST_PACKERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(packers) as pool:
+            calls = (functools.partial(self.expert_record, c.moe_layers[ordinal], expert) for ordinal, expert in places)
+            for (ordinal, expert), record in zip(places, _in_order(pool, calls, packers), strict=True):
+                writer.add_expert(ordinal, expert, record)
                 done += 1
-                progress("dense weights", done, total)
-        done += writer.records_done
-        for record in range(writer.records_done, len(c.moe_layers) * c.num_experts):
-            ordinal, expert = divmod(record, c.num_experts)
-            layer = c.moe_layers[ordinal]
-            writer.add_expert(ordinal, expert, self.expert_record(layer, expert))
-            done += 1
-            progress(f"experts of layer {layer}", done, total)
+                progress(f"experts of layer {c.moe_layers[ordinal]}", done, total)
+
+
+def _in_order(pool: Executor, calls: Iterator[Callable[[], T]], ahead: int) -> Iterator[T]:
+    """What `calls` return, in order; `ahead` of them run in `pool` while the caller uses a result."""
+    waiting = collections.deque(pool.submit(call) for call in itertools.islice(calls, ahead))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(pool.submit(call) for call in itertools.islice(calls, 1))
+        yield result

@@ -35,8 +35,7 @@ def footprint_of_checkpoint(model: Path, quant: str = "mixed", context_size: int
         config.num_experts,
         config.top_k,
         _weights_bytes(config, quantisation),
-        # Keys and values may differ in width: half of their sum, twice.
-        kv_bytes(config.num_layers, config.num_kv_heads, (config.head_dim + config.value_dim) // 2, context, quantisation.kv_dtype),
+        kv_bytes(config.num_layers, config.num_kv_heads, config.head_dim + config.value_dim, context, quantisation.kv_dtype),
         workspace_bytes(_CHUNK, config.hidden_size),
         record,
         -(-record // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import tvm
 import tvm_ffi
@@ -17,12 +18,12 @@ _WEIGHTS_AT_ONCE = 1 << 21  # packed together: bounds the temporaries
 
 
 @functools.cache
-def _quantiser(format_name: str) -> Callable[[object, object], None]:
-    """The compiled kernel that packs blocks of `format_name` on this machine."""
+def _quantiser(format_name: str, source: str) -> Callable[[object, object], None]:
+    """The compiled kernel that packs weights of type `source` into blocks of `format_name` on this machine."""
     from cfmoe.compile import targets
 
-    name = f"quantise_{format_name}"
-    mod = tvm.IRModule({name: quantiser(name, format_name)})
+    name = f"quantise_{format_name}_{source}"
+    mod = tvm.IRModule({name: quantiser(name, format_name, source)})
     return tvm.compile(mod, target=targets.resolve("llvm").tvm_target())[name]
 
 
@@ -35,7 +36,7 @@ def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def pack(weight: np.ndarray, format_name: str) -> np.ndarray:
-    """Packs `weight` (outputs, inputs) into blocks: (tiles, groups, block words) of the format's dtype.
+    """Packs `weight` (outputs, inputs) into blocks: (tiles, groups, block words) of the format's dtype. May run in several threads.
 
     Raises ValueError where the inputs are not a multiple of 32.
     """
@@ -45,21 +46,26 @@ def pack(weight: np.ndarray, format_name: str) -> np.ndarray:
         raise ValueError(f"a matrix of {inputs} inputs cannot be packed: the inputs must be a multiple of {GROUP}")
     groups = inputs // GROUP
     tiles = padded(outputs) // TILE
-    out = np.empty((tiles, groups, fmt.words), fmt.dtype)
+    out = _aligned((tiles, groups, fmt.words), fmt.dtype)
+    if fmt.quantised and weight.dtype == ml_dtypes.bfloat16:
+        weight = weight.view(np.uint16)
+    source = "uint16" if weight.dtype == np.uint16 else "float32"
     step = max(1, _WEIGHTS_AT_ONCE // (TILE * inputs))
     for first in range(0, tiles, step):
         rows = weight[first * TILE : (first + step) * TILE]
         count = padded(len(rows)) // TILE
-        blocks = _aligned((count, groups, GROUP, TILE), "float32")
-        if len(rows) < count * TILE:
-            rows = np.concatenate([rows, np.zeros((count * TILE - len(rows), inputs), rows.dtype)])
-        blocks[...] = rows.reshape(count, TILE, groups, GROUP).transpose(0, 2, 3, 1)
-        if fmt.quantised:
-            packed = _aligned((count * groups, fmt.words), "int32")
-            _quantiser(format_name)(tvm_ffi.from_dlpack(blocks.reshape(-1, GROUP, TILE)), tvm_ffi.from_dlpack(packed))
-            out[first : first + count] = packed.reshape(count, groups, fmt.words)
-        else:
-            out[first : first + count] = blocks.reshape(count, groups, fmt.words)
+        if not fmt.quantised:
+            if len(rows) < count * TILE:
+                rows = np.concatenate([rows, np.zeros((count * TILE - len(rows), inputs), rows.dtype)])
+            blocks = out[first : first + count].reshape(count, groups, GROUP, TILE)
+            blocks[...] = rows.reshape(count, TILE, groups, GROUP).transpose(0, 2, 3, 1)
+            continue
+        values = _aligned((count * TILE, inputs), source)
+        values[: len(rows)] = rows
+        values[len(rows) :] = 0
+        target = out[first : first + count]
+        kernel = _quantiser(format_name, source)
+        kernel(tvm_ffi.from_dlpack(values.reshape(count, TILE, groups, GROUP)), tvm_ffi.from_dlpack(target))
     return out
 
 
