@@ -217,3 +217,52 @@ public enum GenerationEvent: Equatable, Sendable {
   /// Exactly one, the last.
   case done(Generation)
 }
+
+// The names of `cfmoe run --json`.
+
+extension PhaseMetrics: Encodable {
+  enum CodingKeys: String, CodingKey {
+    case tokens, seconds
+    case tokensPerSecond = "tokens_per_s"
+    case hits, misses, chr, prefetched
+    case bytesRead = "bytes_read"
+    case stallMs = "stall_ms"
+  }
+
+  public func encode(to encoder: any Encoder) throws {
+    var out = encoder.container(keyedBy: CodingKeys.self)
+    try out.encode(tokens, forKey: .tokens)
+    try out.encode(seconds, forKey: .seconds)
+    try out.encode(tokensPerSecond, forKey: .tokensPerSecond)
+    try out.encode(hits, forKey: .hits)
+    try out.encode(misses, forKey: .misses)
+    try out.encode(hitRate ?? 0, forKey: .chr)
+    try out.encode(prefetched, forKey: .prefetched)
+    try out.encode(bytesRead, forKey: .bytesRead)
+    try out.encode(stallMs, forKey: .stallMs)
+  }
+}
+
+extension Metrics: Encodable {
+  enum CodingKeys: String, CodingKey {
+    case prefill, decode
+    case first32Hits = "first_32_hits"
+    case first32Accesses = "first_32_accesses"
+  }
+}
+
+extension Memory: Encodable {
+  enum CodingKeys: String, CodingKey {
+    case budgetBytes = "budget_bytes"
+    case smallestBudgetBytes = "smallest_budget_bytes"
+    case largestBudgetBytes = "largest_budget_bytes"
+    case weightsBytes = "weights_bytes"
+    case kvBytes = "kv_bytes"
+    case workspaceBytes = "workspace_bytes"
+    case poolBytes = "pool_bytes"
+    case arenaBytes = "arena_bytes"
+    case mappedBytes = "mapped_bytes"
+    case expertSlots = "expert_slots"
+    case expertTotal = "expert_total"
+  }
+}

@@ -1,0 +1,132 @@
+// The one engine of the app, its conversation and its tokenizer: what all screens share.
+import Foundation
+
+/// What the user chose for the engine and its answers.
+public struct Settings: Equatable, Sendable {
+  /// nil: all experts, as far as the memory that is available goes.
+  public var budgetBytes: UInt64?
+  public var maxNewTokens = 512
+  public var sampling = Sampling.greedy
+
+  public init() {}
+}
+
+@MainActor
+public final class EngineHost: ViewModel<EngineHost.State> {
+  public enum State: Equatable, Sendable {
+    case empty
+    case loading(model: String)
+    case ready(Loaded)
+    /// The one line that says why.
+    case failed(String)
+  }
+
+  public struct Loaded: Equatable, Sendable {
+    public var model: InstalledModel
+    public var info: ModelInfo
+    public var io: String
+    public var policy: String
+    /// Empty if nothing.
+    public var warning: String
+    /// Why there is no text to be had of this model; nil if there is.
+    public var textError: String?
+    /// Counts loads and new conversations, so that screens know when theirs has ended.
+    public var conversation: Int
+  }
+
+  struct Parts: Sendable {
+    let engine: Engine
+    let session: Session
+    let tokenizer: Tokenizer?
+    let format: PromptFormat
+  }
+
+  public var settings = Settings()
+  let availableMemory: AvailableMemory
+  private(set) var parts: Parts?
+  private var conversations = 0
+  private var loads = 0
+  private var observers: [@MainActor () -> Void] = []
+
+  public init(availableMemory: @escaping AvailableMemory = { nil }) {
+    self.availableMemory = availableMemory
+    super.init(.empty)
+  }
+
+  /// Calls `body` after each change of the state.
+  public func observe(_ body: @escaping @MainActor () -> Void) { observers.append(body) }
+
+  override func stateChanged() {
+    super.stateChanged()
+    observers.forEach { $0() }
+  }
+
+  public var loaded: Loaded? {
+    if case .ready(let loaded) = state { return loaded }
+    return nil
+  }
+
+  /// Closes what is open and opens `model`. The last of several calls wins.
+  public func load(_ model: InstalledModel) async {
+    loads += 1
+    let load = loads
+    update { $0 = .loading(model: model.manifest.name) }
+    await closeParts()
+    do {
+      let options = EngineOptions(budget: budget())
+      let engine = try await Engine.open(artifact: model.directory, options: options)
+      guard load == loads else { return await engine.close() }
+      let session = try await engine.makeSession()
+      let text = Result { try Tokenizer(artifact: model.directory) }
+      let opened = Parts(
+        engine: engine, session: session, tokenizer: try? text.get(), format: PromptFormat.of(artifact: model.directory))
+      var textError: String?
+      if case .failure(let error) = text { textError = CFMoEError.line(of: error) }
+      conversations += 1
+      let loaded = Loaded(
+        model: model, info: engine.model, io: try engine.io(), policy: try engine.policy(), warning: try await engine.warning(),
+        textError: textError, conversation: conversations)
+      guard load == loads else { return await engine.close() }
+      parts = opened
+      update { $0 = .ready(loaded) }
+    } catch {
+      guard load == loads else { return }
+      update { $0 = .failed(CFMoEError.line(of: error)) }
+    }
+  }
+
+  public func unload() async {
+    loads += 1
+    await closeParts()
+    update { $0 = .empty }
+  }
+
+  /// Forgets the conversation; the model stays open.
+  public func newConversation() async throws {
+    guard let parts, case .ready(var loaded) = state else { return }
+    parts.session.cancel()
+    try await parts.session.reset()
+    conversations += 1
+    loaded.conversation = conversations
+    if self.parts?.engine === parts.engine { update { $0 = .ready(loaded) } }
+  }
+
+  /// For the system's memory warning: as little as the engine works with. No text changes.
+  public func lowMemory() throws { try parts?.engine.trim() }
+
+  private func closeParts() async {
+    let old = parts
+    parts = nil
+    await old?.engine.close()
+  }
+
+  /// The user's budget, otherwise most of what is available: the engine takes no more of it than it has a use for.
+  private func budget() -> MemoryBudget {
+    if let bytes = settings.budgetBytes { return .bytes(bytes) }
+    guard let available = availableMemory() else { return .automatic }
+    return .bytes(max(1, usable(available)))
+  }
+}
+
+/// So much of the available memory may go to the engine: the app and the system's own buffers need the rest.
+func usable(_ available: UInt64) -> UInt64 { available - max(available / 10, min(available, 32 << 20)) }
