@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sees that the compiler, doctest and Python's venv module are there; as root on Debian or Ubuntu installs what is missing.
+# Sees that the compiler, doctest, Python's venv module and what GPU targets and their tests need are there; as root on Debian or Ubuntu
+# installs what is missing.
 # Run as: scripts/system_packages.sh PYTHON
 set -euo pipefail
 python=${1:?the Python interpreter}
@@ -15,6 +16,15 @@ command -v g++ >/dev/null || missing+=(g++)
   missing+=("$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')")
 [ -e /usr/include/doctest/doctest.h ] || [ -e /usr/local/include/doctest/doctest.h ] ||
   [ -n "${DOCTEST_INCLUDE:-}" ] || missing+=(doctest-dev)
+# For GPU targets: the shader compiler and its validator; for their tests: loaders, drivers that run on the CPU, Khronos' validation layer.
+command -v glslangValidator >/dev/null || missing+=(glslang-tools)
+command -v spirv-opt >/dev/null && command -v spirv-val >/dev/null || missing+=(spirv-tools)
+loader() { ldconfig -p 2>/dev/null | grep -q "$1" || missing+=("$2"); }
+loader libvulkan.so.1 libvulkan1
+loader libOpenCL.so.1 ocl-icd-libopencl1
+ls /usr/share/vulkan/icd.d/lvp_icd* >/dev/null 2>&1 || missing+=(mesa-vulkan-drivers)
+ls /usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation* >/dev/null 2>&1 || missing+=(vulkan-validationlayers)
+ls /etc/OpenCL/vendors/pocl* >/dev/null 2>&1 || missing+=(pocl-opencl-icd)
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

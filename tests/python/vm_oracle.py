@@ -24,6 +24,7 @@ from cfmoe.compile.kernels.builder import TILE
 from cfmoe.compile.kernels.expert import scratch_width
 from cfmoe.compile.kernels.matmul import FORMATS
 from cfmoe.compile.passes import pipeline
+from cfmoe.compile.passes.lower_to_kernels import LowerToKernels
 
 # TVM's own build without the passes that expect schedulable kernels, and without a memory plan.
 VM_PASSES = (
@@ -86,7 +87,7 @@ class VmOracle:
 
         mod, parameters = Decoder(self.config, quantisation).export()
         mod = pipeline.bound_symbols(mod, plan.symbol_bounds(self.config, self.chunk))
-        passes = dict(pipeline.phases(target.simd))
+        passes = dict(pipeline.phases(LowerToKernels(target.simd)))
         assert set(skip) <= set(passes)
         for name in list(passes)[: list(passes).index("lower_to_kernels") + 1]:
             if name not in skip:

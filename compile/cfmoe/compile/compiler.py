@@ -15,7 +15,7 @@ import tvm
 from tvm import tirx
 
 from cfmoe.artifact.writer import ArtifactWriter
-from cfmoe.compile import plan
+from cfmoe.compile import gpu, plan
 from cfmoe.compile import targets as cpu_targets
 from cfmoe.compile.checkpoint import Checkpoint, read_json
 from cfmoe.compile.convert import Converter, Progress
@@ -26,6 +26,7 @@ from cfmoe.compile.kernels import expert
 from cfmoe.compile.kernels.builder import TILE
 from cfmoe.compile.mlc_config import mlc_chat_config
 from cfmoe.compile.passes import pipeline
+from cfmoe.compile.passes.lower_to_kernels import LowerToKernels
 from cfmoe.errors import CFMoEError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -40,7 +41,7 @@ def lower(
 ) -> tuple[tvm.IRModule, list[str]]:
     """The lowered module, expert kernels included, and the weights' names in argument order."""
     mod, parameters = Decoder(config, quantisation).export()
-    mod = pipeline.run(mod, target.simd, plan.symbol_bounds(config, chunk), dump_ir)
+    mod = pipeline.run(mod, LowerToKernels(target.simd), plan.symbol_bounds(config, chunk), dump_ir)
     shape = expert.ExpertShape(
         quantisation["expert"], config.hidden_size, config.expert_ffn_size, bias=config.expert_bias, swiglu=config.expert_swiglu
     )
@@ -166,7 +167,7 @@ def compile_model(
         raise CFMoEError(f"--quant {quant} is unknown; known are {', '.join(PRESETS)}")
     if not 16 <= prefill_chunk <= 4096:
         raise CFMoEError(f"--prefill-chunk {prefill_chunk} is out of range; use 16 to 4096 tokens")
-    chosen = list(dict.fromkeys(cpu_targets.resolve(name).name for name in targets))
+    chosen = {target.name: target for target in (gpu.resolve(name) or cpu_targets.resolve(name) for name in targets)}
     checkpoint = Checkpoint(model)
     config, names = resolve(checkpoint.config, str(model / "config.json"))
     if not (model / "tokenizer.json").exists():
@@ -179,10 +180,13 @@ def compile_model(
     quantisation = Quantisation.named(quant)
     with ArtifactWriter(out, force=force, resume=_fingerprint(checkpoint, quant) if resume else None) as writer:
         entries, kernel_sets = {}, []
-        for number, name in enumerate(chosen, 1):
+        for number, (name, target) in enumerate(chosen.items(), 1):
             progress(f"kernels for {name}", number, len(chosen))
             dump = dump_ir / name if dump_ir is not None and len(chosen) > 1 else dump_ir
-            entries[name], kernel_set = _write_target(writer, cpu_targets.resolve(name), config, quantisation, prefill_chunk, dump)
+            if isinstance(target, gpu.GpuTarget):
+                entries[name], kernel_set = gpu.write(writer, target, config, quantisation, prefill_chunk, dump)
+            else:
+                entries[name], kernel_set = _write_target(writer, target, config, quantisation, prefill_chunk, dump)
             kernel_sets.append(kernel_set)
         Converter(checkpoint, config, names, quantisation).write(writer, progress)
         tokenizer_files = [name for name in _TOKENIZER_FILES if (model / name).exists()]

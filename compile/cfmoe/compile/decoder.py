@@ -102,9 +102,9 @@ class LatentProjections(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DecoderConfig, quantisation: Quantisation, index: int) -> None:
+    def __init__(self, config: DecoderConfig, quantisation: Quantisation, index: int, gathers: bool) -> None:
         c, q = config, quantisation
-        self.config, self.quantisation = c, q
+        self.config, self.quantisation, self.gathers = c, q, gathers
         self.input_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.index = index
@@ -158,8 +158,8 @@ class Layer(nn.Module):
             shared = self.shared(activate(normed, self.quantisation["dense"], c.hidden_size))
             x = _extern("gated_add", [shared, self.shared_gate(normed), x], [n, c.hidden_size]) if c.shared_gate else op.add(x, shared)
         fmt = self.quantisation["expert"]
-        # Decode computes the experts of one token side by side, prefill one expert at a time over up to n tokens.
-        scratch_rows = c.top_k if n == 1 else tirx.max(n, c.top_k)
+        # Decode computes the experts of one token side by side, prefill one expert at a time over up to n tokens, or all of them at once.
+        scratch_rows = n * c.top_k if n == 1 or self.gathers else tirx.max(n, c.top_k)
         scratch: list[object] = [scratch_rows, scratch_width(fmt, c.expert_ffn_size)]
         rows, _scratch = _host_step(
             "experts",
@@ -171,14 +171,17 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Methods `prefill`, `decode` and `head` become the three programs of plan.json."""
+    """Methods `prefill`, `decode` and `head` become the three programs of plan.json.
 
-    def __init__(self, config: DecoderConfig, quantisation: Quantisation) -> None:
+    `gathers`: whether prefill computes all experts of a layer at once, each on the tokens gathered for it, as GPUs do.
+    """
+
+    def __init__(self, config: DecoderConfig, quantisation: Quantisation, gathers: bool = False) -> None:
         self.config, self.quantisation = config, quantisation
         embedding = FORMATS[quantisation["embedding"]]
         self.embedding = nn.Parameter((packed_size(embedding, config.hidden_size, config.vocab_size),), embedding.dtype)
         self.inverse_frequencies = nn.Parameter((config.rotary_dim // 2,), "float32")
-        self.layers = nn.ModuleList([Layer(config, quantisation, i) for i in range(config.num_layers)])
+        self.layers = nn.ModuleList([Layer(config, quantisation, i, gathers) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_embeddings:
             head = FORMATS[quantisation["head"]]

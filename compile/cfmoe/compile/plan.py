@@ -5,29 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from cfmoe.compile.decoder_config import DecoderConfig, Quantisation
+from cfmoe.compile.kernels.builder import TILE
 from cfmoe.compile.kernels.matmul import FORMATS
+from cfmoe.compile.passes.lower_to_gpu_kernels import GpuKernels, KernelCall
+from cfmoe.compile.plan_expression import expression
 
 _ALIGNMENT = 64
+_GPU_ALIGNMENT = 512  # what devices may ask of the offset of a binding
 _K_LANES = 16  # positions of one block of the K cache
-_OPERATORS = {"Add": "add", "Sub": "sub", "Mul": "mul", "FloorDiv": "floordiv", "FloorMod": "floormod", "Min": "min", "Max": "max"}
-
-
-def _expression(value: Any) -> Any:
-    """A TIR integer expression in the form of docs/artifact-format.md."""
-    kind = type(value).__name__
-    if isinstance(value, int):
-        return value
-    if kind == "IntImm":
-        return int(value.value)
-    if isinstance(value, tirx.Var) or kind == "Var":
-        # The number of K blocks is not free: it follows from the context.
-        return ["floordiv", "context", _K_LANES] if value.name == "blocks" else str(value.name)
-    if kind in _OPERATORS:
-        return [_OPERATORS[kind], _expression(value.a), _expression(value.b)]
-    raise AssertionError(f"plan.json has no operation for {kind}: {value}")
 
 
 def _name(var: Any) -> str:
@@ -37,8 +25,15 @@ def _name(var: Any) -> str:
 class _ProgramWriter:
     """Walks one straight-line function. Storages that the memory planner shares become offsets into the workspace."""
 
-    def __init__(self, function: relax.Function, parameters: list[str], bounds: dict[str, int]) -> None:
-        self.bounds = bounds
+    def __init__(
+        self,
+        function: relax.Function,
+        parameters: list[str],
+        bounds: dict[str, int],
+        alignment: int = _ALIGNMENT,
+        gpu: GpuKernels | None = None,
+    ) -> None:
+        self.bounds, self.alignment, self.gpu = bounds, alignment, gpu
         self.buffers: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         self.workspace = 0
@@ -51,7 +46,7 @@ class _ProgramWriter:
         self.output = self.values[function.body.body]
 
     def _buffer(self, kind: str, type_: Any, **extra: Any) -> int:
-        shape = [_expression(d) for d in type_.shape]
+        shape = [expression(d) for d in type_.shape]
         self.buffers.append({"kind": kind, **extra, "dtype": str(type_.dtype), "shape": shape})
         return len(self.buffers) - 1
 
@@ -103,7 +98,7 @@ class _ProgramWriter:
 
     def _reserve(self, size: int) -> int:
         offset = self.workspace
-        self.workspace += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.workspace += -(-size // self.alignment) * self.alignment
         return offset
 
     def _extent(self, type_: Any) -> int:
@@ -115,9 +110,21 @@ class _ProgramWriter:
     def _argument(self, arg: Any) -> dict[str, Any]:
         if arg in self.values:
             return {"buffer": self.values[arg]}
-        return {"scalar": _expression(arg)}
+        return {"scalar": expression(arg)}
+
+    def _operation(self, calls: list[KernelCall], args: list[Any]) -> None:
+        """The kernels of a GPU operation: buffers in order, then the scalars that each kernel names."""
+        assert self.gpu is not None
+        tensors = [self.values[arg] for arg in args if arg in self.values]
+        for call in calls:
+            scalars = self.gpu.scalars(call.kernel)
+            given = [{"buffer": tensors[place]} for place in call.buffers]
+            self.steps.append({"op": "call", "kernel": call.kernel, "args": [*given, *({"scalar": name} for name in scalars)]})
 
     def _host_step(self, name: str, args: list[Any]) -> None:
+        if self.gpu is not None and name in self.gpu.operations:
+            self._operation(self.gpu.operations[name], args)
+            return
         options: dict[str, int] = {}
         if name == "cfmoe.route":
             logits, layer, groups, top_groups, ids, weights = args
@@ -139,20 +146,45 @@ def symbol_bounds(config: DecoderConfig, chunk: int) -> dict[str, int]:
     return {"n": chunk, "position": context, "context": context, "blocks": context // _K_LANES}
 
 
-def emit(
-    mod: tvm.IRModule, config: DecoderConfig, quantisation: Quantisation, chunk: int, parameters: list[str], tile: int
-) -> dict[str, Any]:
-    """plan.json for the module that the pipeline returned; `parameters` are the weights in argument order."""
-    bounds = symbol_bounds(config, chunk)
+def _programs(mod: tvm.IRModule, parameters: list[str], bounds: dict[str, int], **options: Any) -> dict[str, Any]:
     programs = {}
     for name in ("prefill", "decode", "head"):
-        writer = _ProgramWriter(mod[name], parameters, bounds)
+        writer = _ProgramWriter(mod[name], parameters, bounds, **options)
         programs[name] = {
             "workspace_bytes": writer.workspace,
             "buffers": writer.buffers,
             "output": writer.output,
             "steps": writer.steps,
         }
+    return programs
+
+
+def emit(
+    mod: tvm.IRModule, config: DecoderConfig, quantisation: Quantisation, chunk: int, parameters: list[str], tile: int
+) -> dict[str, Any]:
+    """plan.json for the module that the pipeline returned; `parameters` are the weights in argument order."""
+    bounds = symbol_bounds(config, chunk)
+    return _document(config, quantisation, chunk, tile) | {"programs": _programs(mod, parameters, bounds)}
+
+
+def emit_gpu(
+    mod: tvm.IRModule,
+    config: DecoderConfig,
+    quantisation: Quantisation,
+    chunk: int,
+    parameters: list[str],
+    gpu: GpuKernels,
+    kernels: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The same for a GPU, with `kernels` as they lie in its library."""
+    bounds = symbol_bounds(config, chunk)
+    programs = _programs(mod, parameters, bounds, alignment=_GPU_ALIGNMENT, gpu=gpu)
+    document = _document(config, quantisation, chunk, TILE)
+    return document | {"alignment": _GPU_ALIGNMENT, "kernels": kernels, "programs": programs}
+
+
+def _document(config: DecoderConfig, quantisation: Quantisation, chunk: int, tile: int) -> dict[str, Any]:
+    bounds = symbol_bounds(config, chunk)
     c = config
     return {
         "version": 1,
@@ -173,5 +205,4 @@ def emit(
             "down": {"prefill": "expert_down_prefill", "decode": "expert_down_decode", "tiles": c.hidden_size // tile},
             "slab_dtypes": [FORMATS[quantisation["expert"]].dtype],
         },
-        "programs": programs,
     }

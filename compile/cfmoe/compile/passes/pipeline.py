@@ -8,18 +8,16 @@ from pathlib import Path
 import tvm
 from tvm import relax
 
-from cfmoe.compile.kernels.simd import Simd
 from cfmoe.compile.passes.fuse_linear_residual import FuseLinearResidual
 from cfmoe.compile.passes.fuse_norm_quantise import FuseNormQuantise
-from cfmoe.compile.passes.lower_to_kernels import LowerToKernels
 
 
-def phases(simd: Simd) -> list[tuple[str, Sequence[tvm.transform.Pass]]]:
-    """(name, passes) in order."""
+def phases(lowering: tvm.transform.Pass) -> list[tuple[str, Sequence[tvm.transform.Pass]]]:
+    """(name, passes) in order; `lowering` replaces abstract operations by kernels of a target."""
     return [
         ("fuse_norm_quantise", [FuseNormQuantise()]),
         ("fuse_linear_residual", [FuseLinearResidual()]),
-        ("lower_to_kernels", [LowerToKernels(simd)]),
+        ("lower_to_kernels", [lowering]),
         ("legalise", [relax.transform.LegalizeOps(), relax.transform.DeadCodeElimination(["prefill", "decode", "head"])]),
         (
             "plan_memory",
@@ -44,7 +42,7 @@ def bound_symbols(mod: tvm.IRModule, bounds: dict[str, int]) -> tvm.IRModule:
     return mod
 
 
-def run(mod: tvm.IRModule, simd: Simd, bounds: dict[str, int], dump_ir: Path | None = None) -> tvm.IRModule:
+def run(mod: tvm.IRModule, lowering: tvm.transform.Pass, bounds: dict[str, int], dump_ir: Path | None = None) -> tvm.IRModule:
     """Runs every phase; with `dump_ir` writes `NN_phase.py` after each."""
     mod = bound_symbols(mod, bounds)
 
@@ -54,7 +52,7 @@ def run(mod: tvm.IRModule, simd: Simd, bounds: dict[str, int], dump_ir: Path | N
             (dump_ir / f"{number:02}_{name}.py").write_text(mod.script())
 
     dump(0, "decoder")
-    for number, (name, passes) in enumerate(phases(simd), 1):
+    for number, (name, passes) in enumerate(phases(lowering), 1):
         mod = tvm.transform.Sequential(list(passes))(mod)
         dump(number, name)
     return mod

@@ -1,0 +1,288 @@
+"""Products of activations with packed weights: GEMV for one row, GEMM for rows that share weights.
+
+Weights are addressed in 32-bit words. A thread owns four neighbouring outputs of a tile, so that eight threads read a row of the tile in
+one coalesced access, and takes one of four slices of a block's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm.tirx.script.builder import ir as T
+
+from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32
+from cfmoe.compile.kernels.gpu.builder import (
+    barrier,
+    bits_to_float,
+    dot4,
+    halves,
+    i32,
+    lane,
+    let,
+    load,
+    local,
+    loop,
+    shared,
+    store,
+    when,
+)
+from cfmoe.compile.kernels.gpu.profile import Profile
+from cfmoe.compile.kernels.matmul import Format
+
+QUAD = 4  # outputs of a thread
+SLICES = 4  # threads that share the inputs of a block
+GEMM_ROWS = 32  # rows of a workgroup of the GEMM
+GEMM_THREADS = (TILE // QUAD, GEMM_ROWS // QUAD)
+_NIBBLES = 0x0F0F0F0F
+_SIGNS = -0x7F7F7F80
+
+
+def slab_dtype(fmt: Format) -> str:
+    """The element type that kernels see weights in: always 32 bits wide."""
+    return "float32" if fmt.name == "f32" else "int32"
+
+
+def bias_at(fmt: Format, slab: Buffer, base: Expr, element: Expr) -> Expr:
+    """Element `element` of a section's biases, which start at word `base`, as fp32."""
+    if fmt.name == "f32":
+        return load(slab, base + element)
+    if fmt.quantised:
+        return bits_to_float(load(slab, base + element))
+    pair = let("bias_pair", halves(load(slab, base + (element >> i32(1)))))
+    return T.Select((element & i32(1)) == i32(0), lane(pair, 0), lane(pair, 1))
+
+
+def bias_words(fmt: Format, elements: int) -> int:
+    return elements // 2 if fmt.name == "f16" else elements
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """One row times one tile of `streams` matrices whose blocks alternate, by 32 × rows threads."""
+
+    profile: Profile
+    fmt: Format
+    inputs: int
+    streams: int = 1
+
+    @property
+    def blocks(self) -> int:
+        return self.inputs // GROUP
+
+    @property
+    def rows(self) -> int:
+        """Rows of threads: a power of two that the profile and the number of blocks allow."""
+        rows = self.profile.thread_rows
+        while rows > 1 and rows > self.blocks:
+            rows //= 2
+        return rows
+
+    @property
+    def threads(self) -> tuple[int, int]:
+        return TILE, self.rows
+
+    def emit(self, slab: Buffer, base: Expr, activation: Buffer, row: Expr, x: Expr, y: Expr) -> list[Expr]:
+        """Sums of output x of the tile, one per stream, valid in the threads with y = 0.
+
+        `base` is the word at which the tile starts, `row` the element of `activation` at which its row starts.
+        """
+        if self.profile.shuffles:
+            slot, quad = let("slot", x & i32(3)), let("quad", x >> i32(2))
+        else:
+            slot, quad = let("slot", x >> i32(3)), let("quad", x & i32(7))
+        acc = [local(f"acc_{s}", QUAD) for s in range(self.streams)]
+        for buffer in acc:
+            for o in range(QUAD):
+                store(buffer, o, f32(0.0))
+        step = self.rows * self.profile.unroll
+        whole = self.blocks // step
+        if whole:
+            with loop("step", whole) as at:
+                for part in range(self.profile.unroll):
+                    self._block(acc, slab, base, activation, row, let("block", at * i32(step) + y + i32(part * self.rows)), slot, quad)
+        for first in range(whole * step, self.blocks, self.rows):
+            with when(None if first + self.rows <= self.blocks else y < i32(self.blocks - first)):
+                self._block(acc, slab, base, activation, row, let("block", y + i32(first)), slot, quad)
+        return self._sum(acc, x, y, slot, quad)
+
+    def _block(
+        self, acc: Sequence[Buffer], slab: Buffer, base: Expr, activation: Buffer, row: Expr, block: Expr, slot: Expr, quad: Expr
+    ) -> None:
+        words = self.fmt.words32
+        first = let("first", base + block * i32(self.streams * words))
+        if not self.fmt.quantised:
+            x = let("inputs_at", row + block * i32(GROUP) + slot * i32(8))
+            values = [let("inputs", load(activation, x + i32(4 * i), 4)) for i in range(2)]
+            for stream in range(self.streams):
+                for k in range(8):
+                    at = first + i32(stream * words)
+                    weights = _float_weights(self.fmt, slab, at, slot * i32(8) + i32(k), quad)
+                    for o in range(QUAD):
+                        store(acc[stream], o, load(acc[stream], o) + weights[o] * lane(values[k // 4], k % 4))
+            return
+        group = let("group", row + block * i32(10))
+        scale = let("scale", bits_to_float(load(activation, group + i32(8))))
+        if self.fmt.codes_per_word == 8:
+            pair = let("inputs", load(activation, group + slot * i32(2), 2))
+            inputs = [lane(pair, 0), lane(pair, 1)]
+            # The zero point leaves with the sum of the group, once.
+            start = let("start", T.Select(slot == i32(0), load(activation, group + i32(9)) * i32(-self.fmt.zero), i32(0)))
+        else:
+            inputs = [let("inputs", load(activation, group + slot + i32(4 * i))) for i in range(2)]
+            start = i32(0)
+        for stream in range(self.streams):
+            at = let("at", first + i32(stream * words))
+            scales = _scales(self.fmt, slab, at, quad)
+            if self.fmt.codes_per_word == 8:
+                codes = let("codes", load(slab, at + slot * i32(TILE) + quad * i32(QUAD), 4))
+            else:
+                pairs = [let("codes", load(slab, at + (slot + i32(4 * i)) * i32(TILE) + quad * i32(QUAD), 4)) for i in range(2)]
+            for o in range(QUAD):
+                if self.fmt.codes_per_word == 8:
+                    word = lane(codes, o)
+                    total = start + dot4(word & i32(_NIBBLES), inputs[0]) + dot4((word >> i32(4)) & i32(_NIBBLES), inputs[1])
+                else:
+                    total = dot4(lane(pairs[0], o) ^ i32(_SIGNS), inputs[0]) + dot4(lane(pairs[1], o) ^ i32(_SIGNS), inputs[1])
+                store(acc[stream], o, load(acc[stream], o) + T.Cast("float32", total) * (scales[o] * scale))
+
+    def _sum(self, acc: Sequence[Buffer], x: Expr, y: Expr, slot: Expr, quad: Expr) -> list[Expr]:
+        """Adds slices and thread rows in a fixed order."""
+        shuffles = self.profile.shuffles
+        parts = 1 if shuffles else SLICES
+        memory = [shared(f"partial_{s}", parts * self.rows * TILE) for s in range(self.streams)]
+        for buffer, partial in zip(acc, memory, strict=True):
+            values = [load(buffer, o) for o in range(QUAD)]
+            if shuffles:
+                for mask in (1, 2):
+                    values = [let("folded", v + T.call_pure_extern("float32", "shuffle_xor", v, i32(mask))) for v in values]
+            with when(slot == i32(0) if shuffles else None):
+                place = let("place", (y * i32(parts) + (i32(0) if shuffles else slot)) * i32(TILE) + quad * i32(QUAD))
+                for o in range(QUAD):
+                    store(partial, place + i32(o), values[o])
+        barrier()
+        if not shuffles:
+            for partial in memory:
+                column = let("column", y * i32(SLICES * TILE) + x)
+                total = load(partial, column)
+                for s in range(1, SLICES):
+                    total = total + load(partial, column + i32(s * TILE))
+                store(partial, column, total)
+            if self.rows > 1:
+                barrier()
+        sums = []
+        for partial in memory:
+            total = load(partial, x)
+            for r in range(1, self.rows):
+                total = total + load(partial, x + i32(r * parts * TILE))
+            sums.append(let("sum", total))
+        return sums
+
+
+def _float_weights(fmt: Format, slab: Buffer, block: Expr, k: Expr, quad: Expr) -> list[Expr]:
+    """Weights of input k of a block for the four outputs of a thread."""
+    if fmt.name == "f32":
+        vector = let("weights", load(slab, block + k * i32(TILE) + quad * i32(QUAD), 4))
+        return [lane(vector, o) for o in range(QUAD)]
+    words = let("words", load(slab, block + k * i32(TILE // 2) + quad * i32(QUAD // 2), 2))
+    pairs = [let("weights", halves(lane(words, i))) for i in range(2)]
+    return [lane(pairs[o // 2], o % 2) for o in range(QUAD)]
+
+
+def _scales(fmt: Format, slab: Buffer, block: Expr, quad: Expr) -> list[Expr]:
+    words = let("scale_words", load(slab, block + i32(GROUP // fmt.codes_per_word * TILE) + quad * i32(QUAD // 2), 2))
+    pairs = [let("scales", halves(lane(words, i))) for i in range(2)]
+    return [lane(pairs[o // 2], o % 2) for o in range(QUAD)]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """32 rows times one tile of `streams` matrices whose blocks alternate, by 8 × 8 threads of four rows and four outputs each."""
+
+    fmt: Format
+    inputs: int
+    streams: int = 1
+
+    @property
+    def _stride(self) -> int:
+        """Elements of a row of one block of activations in shared memory: odd, so that rows fall into different banks."""
+        return 11 if self.fmt.quantised else GROUP + 1
+
+    def emit(
+        self,
+        slab: Buffer,
+        base: Expr,
+        activation: Buffer,
+        row_start: Callable[[Expr], Expr],  # row of the workgroup -> element of `activation` at which it starts
+        x: Expr,
+        y: Expr,
+    ) -> list[Buffer]:
+        """Sums per stream: element 4 * r + o is row 4 * y + r, output 4 * x + o of the tile."""
+        fmt = self.fmt
+        width = 10 if fmt.quantised else GROUP
+        count = GEMM_THREADS[0] * GEMM_THREADS[1]
+        starts = shared("row_starts", GEMM_ROWS, "int32")
+        staged = shared("staged", GEMM_ROWS * self._stride, fmt.activation_dtype)
+        acc = [local(f"acc_{s}", QUAD * QUAD) for s in range(self.streams)]
+        for buffer in acc:
+            for i in range(QUAD * QUAD):
+                store(buffer, i, f32(0.0))
+        sums = local("sums", QUAD * QUAD, "int32") if fmt.quantised else None
+        thread = let("thread", y * i32(GEMM_THREADS[0]) + x)
+        with when(thread < i32(GEMM_ROWS)):
+            store(starts, thread, row_start(thread))
+        barrier()
+        with loop("block", self.inputs // GROUP) as block:
+            with loop("part", GEMM_ROWS * width // count) as part:
+                item = let("item", part * i32(count) + thread)
+                row = let("row", T.truncdiv(item, i32(width)))
+                column = let("column", item - row * i32(width))
+                value = load(activation, load(starts, row) + block * i32(width) + column)
+                store(staged, row * i32(self._stride) + column, value)
+            barrier()
+            for stream in range(self.streams):
+                first = let("first", base + (block * i32(self.streams) + i32(stream)) * i32(fmt.words32))
+                if sums is not None:
+                    self._quantised(acc[stream], sums, slab, first, staged, x, y)
+                else:
+                    self._floats(acc[stream], slab, first, staged, x, y)
+            barrier()
+        return acc
+
+    def _quantised(self, acc: Buffer, sums: Buffer, slab: Buffer, block: Expr, staged: Buffer, x: Expr, y: Expr) -> None:
+        fmt = self.fmt
+        rows = [let("row_at", (y * i32(QUAD) + i32(r)) * i32(self._stride)) for r in range(QUAD)]
+        four_bit = fmt.codes_per_word == 8
+        for r in range(QUAD):
+            start = let("start", load(staged, rows[r] + i32(9)) * i32(-fmt.zero)) if four_bit else i32(0)
+            for o in range(QUAD):
+                store(sums, QUAD * r + o, start)
+        with loop("word", GROUP // fmt.codes_per_word) as word:
+            codes = let("codes", load(slab, block + word * i32(TILE) + x * i32(QUAD), 4))
+            inputs = [[load(staged, rows[r] + word * i32(2 if four_bit else 1) + i32(i)) for i in range(1 + four_bit)] for r in range(QUAD)]
+            inputs = [[let("inputs", v) for v in row] for row in inputs]
+            for o in range(QUAD):
+                code = lane(codes, o)
+                parts = [code & i32(_NIBBLES), (code >> i32(4)) & i32(_NIBBLES)] if four_bit else [code ^ i32(_SIGNS)]
+                parts = [let("part_codes", p) for p in parts]
+                for r in range(QUAD):
+                    total = load(sums, QUAD * r + o)
+                    for p, v in zip(parts, inputs[r], strict=True):
+                        total = total + dot4(p, v)
+                    store(sums, QUAD * r + o, total)
+        scales = _scales(fmt, slab, block, x)
+        for r in range(QUAD):
+            scale = let("scale", bits_to_float(load(staged, rows[r] + i32(8))))
+            for o in range(QUAD):
+                at = QUAD * r + o
+                store(acc, at, load(acc, at) + T.Cast("float32", load(sums, at)) * (scales[o] * scale))
+
+    def _floats(self, acc: Buffer, slab: Buffer, block: Expr, staged: Buffer, x: Expr, y: Expr) -> None:
+        first = let("row_at", y * i32(QUAD * self._stride))
+        with loop("k", GROUP) as k:
+            weights = _float_weights(self.fmt, slab, block, k, x)
+            for r in range(QUAD):
+                value = let("value", load(staged, first + i32(r * self._stride) + k))
+                for o in range(QUAD):
+                    at = QUAD * r + o
+                    store(acc, at, load(acc, at) + weights[o] * value)
