@@ -20,15 +20,21 @@ from cfmoe.compile.gguf_tokenizer import splitting_rule
 from cfmoe.errors import CFMoEError
 from cfmoe.runtime import Engine
 from support import Cli, error_line
-from tiny_families import TINY, tiny_checkpoint
+from tiny_families import TINY, network_logits, random_tokens, tiny_checkpoint, tiny_network
 
 Compiled = Callable[[Path, str], Path]
-# What llama.cpp has: experts in every layer of Qwen3, no groups, no llama3 rope, no windows in Mixtral.
 EXPORTED = [case for case in sorted(TINY) if case != "deepseek_v2"]
+# What the exports have no place for is left away.
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = TINY["granitemoe"][1]["rope_parameters"]
+_YARN = {key: value for key, value in TINY["gpt_oss"][1]["rope_parameters"].items() if key != "truncate"}
 ADAPTED: dict[str, dict[str, Any]] = {
-    "granitemoe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "deepseek_v2-lite": {"num_hidden_layers": 27},
+    "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": _YARN},
     "mixtral": {"sliding_window": None},
-    "qwen3_moe": {"mlp_only_layers": []},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen2_moe": {"use_sliding_window": False},
+    "qwen3_moe": {"mlp_only_layers": [], "use_sliding_window": False},
 }
 
 
@@ -38,7 +44,8 @@ def checkpoint(case: str, directory: Path, tokenizer: Path, monkeypatch: pytest.
     model = tiny_checkpoint(case, directory, tokenizer)
     # The tiny models have fewer ids than the tokenizer.
     tiny = json.loads(tokenizer.read_text())
-    tiny["model"] |= {"vocab": {token: i for token, i in tiny["model"]["vocab"].items() if i < 200}, "merges": []}
+    vocab = {token: i for token, i in tiny["model"]["vocab"].items() if i < 199} | {"ÿÿ": 199}
+    tiny["model"] |= {"vocab": vocab, "merges": [["ÿ", "ÿ"]]}  # llama.cpp reads no BPE without merges
     (model / "tokenizer.json").write_text(json.dumps(tiny))
     return model
 
@@ -73,18 +80,47 @@ def test_transformers_computes_the_same_from_gguf(demo_model: Path, tmp_path: Pa
     assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens[len(prompt) :]
 
 
-def test_llama_cpp_computes_the_same(demo_model: Path, tmp_path: Path, compiled: Compiled) -> None:
+def llama(path: Path, **options: Any) -> Any:
+    """llama.cpp with the model in `path`; skips where its Python package, which has to be built from source, is not installed."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    prompt = [(31 * i + 7) % 8000 + 10 for i in range(24)]
-    for quant, preset in (("f16", "f16"), ("q8_0", "q8")):
-        path = export_gguf(demo_model, tmp_path / f"{quant}.gguf", quant=quant)
-        llama = llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False)
-        tokens = list(prompt)
-        for token, _ in zip(llama.generate(prompt, top_k=1), range(32), strict=False):
-            tokens.append(int(token))
-        with Engine(compiled(demo_model, preset)) as engine, engine.session() as session:
+    return llama_cpp.Llama(str(path), n_ctx=256, n_threads=2, verbose=False, **options)
+
+
+@pytest.mark.parametrize(("quant", "preset"), [("f16", "f16"), ("q8_0", "q8")])
+@pytest.mark.parametrize("name", ["demo_model", pytest.param("moe_63m", marks=pytest.mark.slow)])
+def test_llama_cpp_continues_a_text_in_the_same_way(
+    name: str, quant: str, preset: str, tmp_path: Path, compiled: Compiled, request: pytest.FixtureRequest
+) -> None:
+    """Token ids and 48 greedy tokens are those of our own artifact in the nearest preset."""
+    from tokenizers import Tokenizer
+
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = request.getfixturevalue(name)
+    other = llama(export_gguf(model, tmp_path / "m.gguf", quant=quant))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    with Engine(compiled(model, preset)) as engine, engine.session() as session:
+        for text in ("The proposal adds a new statement to the language. It", "This module provides functions that"):
+            prompt = tokenizer.encode(text).ids
+            assert other.tokenize(text.encode(), add_bos=False) == prompt
+            tokens = [*prompt, *(int(token) for token, _ in zip(other.generate(prompt, top_k=1), range(48), strict=False))]
+            session.reset()
             logits = np.array(session.feed(tokens[:-1]))
-        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens[len(prompt) :]
+            assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens[len(prompt) :]
+            assert len(tokens) == len(prompt) + 48
+    other.close()
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_llama_cpp_computes_the_logits_of_transformers(
+    case: str, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path = export_gguf(checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json", monkeypatch), tmp_path / "m.gguf", quant="f32")
+    tokens = random_tokens(120)
+    other = llama(path, logits_all=True, type_k=gguf.GGMLQuantizationType.F32, type_v=gguf.GGMLQuantizationType.F32)
+    other.eval(tokens)
+    np.testing.assert_allclose(other.scores[: len(tokens)], network_logits(tiny_network(case), tokens), atol=1e-4)
+    other.close()
 
 
 def rotate(head: np.ndarray, neighbours: bool) -> np.ndarray:
@@ -102,10 +138,13 @@ def test_gguf_of_every_family(case: str, tmp_path: Path, demo_model: Path, monke
     family = TINY[case][0]
     arch = ARCHITECTURES[family]
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    official = {gguf.TENSOR_NAMES[t].format(bid=layer) for t in gguf.MODEL_TENSORS[number] for layer in range(2)}
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    official = {gguf.TENSOR_NAMES[t].format(bid=layer) for t in gguf.MODEL_TENSORS[number] for layer in range(layers)}
+    factors = found.pop("rope_freqs.weight", None)
+    assert (factors is not None) == (case == "granitemoe")
     assert {name.rpartition(".")[0] for name in found} <= official
     assert field(path, "general.architecture") == arch
-    assert field(path, f"{arch}.block_count") == 2
+    assert field(path, f"{arch}.block_count") == layers
     assert field(path, f"{arch}.expert_used_count") == 3
     # Everything is there, once.
     assert sum(v.size for v in found.values()) == sum(v.size for v in source.values())
@@ -170,15 +209,22 @@ def test_the_tokenizer_in_gguf(demo_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("case", "fields", "message"),
     [
-        ("deepseek_v2", "llama.cpp's deepseek2 chooses experts without groups"),
-        ("granitemoe", "the export to llama.cpp has no llama3 rope"),
-        ("mixtral", "sliding_window is 50: llama.cpp's llama has none"),
-        ("qwen3_moe", "llama.cpp's qwen3moe has them only where DeepSeek has, at the start"),
+        ("deepseek_v2", {}, "llama.cpp's deepseek2 ranks groups of experts by the sum of their two highest scores"),
+        ("deepseek_v2-lite", {}, "q_lora_rank is null, which llama.cpp's deepseek2 takes with 26 or 27 layers; this model has 2"),
+        ("gpt_oss", {}, "swiglu_limit: llama.cpp's gpt-oss has 7"),
+        ("mixtral", {}, "sliding_window is 50: llama.cpp's llama has none"),
+        ("olmoe", {}, "num_key_value_heads is 2: llama.cpp's olmoe has norms for as many"),
+        ("olmoe", {"num_key_value_heads": 4, "rope_parameters": LLAMA3}, "llama.cpp's olmoe reads no frequency factors"),
+        ("qwen2_moe", {}, "sliding_window is 50: llama.cpp's qwen2moe has none"),
+        ("qwen3_moe", {}, "llama.cpp's qwen3moe has them only where DeepSeek has, at the start"),
     ],
 )
-def test_what_llama_cpp_lacks_is_refused(case: str, message: str, tmp_path: Path, demo_model: Path) -> None:
+def test_what_llama_cpp_lacks_is_refused(
+    case: str, fields: dict[str, Any], message: str, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TINY, case, (TINY[case][0], TINY[case][1] | fields))
     model = tiny_checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json")
     with pytest.raises(CFMoEError, match=message):
         export_gguf(model, tmp_path / "m.gguf")
@@ -214,7 +260,7 @@ def test_mlc_is_read_by_tvm(case: str, tmp_path: Path, demo_model: Path, monkeyp
     from tvm.contrib import tvmjs
 
     monkeypatch.setattr(export_mlc, "_SHARD_BYTES", 20_000)
-    monkeypatch.setitem(ADAPTED, "qwen3_moe", {"mlp_only_layers": [], "rope_parameters": ADAPTED["granitemoe"]["rope_parameters"]})
+    monkeypatch.setitem(ADAPTED, "qwen3_moe", ADAPTED["qwen3_moe"] | {"rope_parameters": _PLAIN_ROPE})
     model = checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json", monkeypatch)
     out = export_mlc.export_mlc(model, tmp_path / "mlc")
     found, metadata = tvmjs.load_tensor_cache(str(out), tvm.cpu())

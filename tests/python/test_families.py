@@ -78,6 +78,28 @@ def test_sliding_windows() -> None:
     assert resolve(GPT_OSS | {"layer_types": layers}, "config.json")[0].windows == (0, 0, 0, 128)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_window_layers": 3},
+        {"max_window_layers": 3, "use_sliding_window": False},
+        {"sliding_window": 50},
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 50},
+    ],
+)
+@pytest.mark.parametrize("base", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_windows_of_qwen_are_those_of_transformers(base: dict[str, Any], fields: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    fields = {"use_sliding_window": True} | fields
+    config, _ = resolve(base | fields, "config.json")
+    reference = AutoConfig.for_model(**(base | fields))
+    kinds = reference.layer_types if base is QWEN2 else ["sliding_attention"] * 4
+    expected = tuple((reference.sliding_window or 0) if kind == "sliding_attention" else 0 for kind in kinds)
+    assert tuple(config.window(layer) for layer in range(4)) == expected
+    assert any(expected) == fields["use_sliding_window"]
+
+
 def test_packed_weights_are_read_where_the_family_has_them() -> None:
     assert resolve(GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}}, "config.json")[0].expert_bias
 
@@ -119,7 +141,7 @@ def test_the_other_name_of_the_number_of_experts() -> None:
         (QWEN3, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, more than num_experts = 8"),
         (QWEN3, {"num_experts": "8"}, "num_experts is '8', but must be an integer from 1 to 4096"),
         (QWEN3, {"eos_token_id": 100}, "eos_token_id is 100, but must be null, a token id below vocab_size = 100"),
-        (QWEN3, {"use_sliding_window": True}, "use_sliding_window is True; supported is False"),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": -4}, "sliding_window is -4, but must be an integer from 0"),
         (QWEN3, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu'"),
         (QWEN3, {"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling has type 'longrope'; supported are 'default', 'linear', 'lla"),
         (QWEN3, {"rope_scaling": [4]}, "rope_scaling is [4], but must be an object or null"),

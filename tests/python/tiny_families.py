@@ -56,10 +56,22 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 60,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
     ),
-    "qwen2_moe": ("qwen2_moe", {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 8}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "num_experts": 8,
+            "use_sliding_window": True,
+            "sliding_window": 50,
+            "max_window_layers": 1,
+        },
+    ),
     "olmoe": ("olmoe", {"num_experts": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}),
     "mixtral": ("mixtral", {"num_local_experts": 8, "sliding_window": 50}),
     "granitemoe": (

@@ -17,7 +17,7 @@ from cfmoe.compile.expert_weights import ExpertWeights, read_expert
 from cfmoe.compile.families import resolve
 from cfmoe.compile.families.base import WeightNames
 from cfmoe.compile.gguf_tokenizer import add_tokenizer
-from cfmoe.compile.rope import yarn_mscale
+from cfmoe.compile.rope import Rope, yarn_mscale
 from cfmoe.errors import CFMoEError, os_error
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +36,8 @@ ARCHITECTURES = {
 }
 # These rotate neighbouring elements of a head, so their rows of q and k are interleaved.
 _INTERLEAVED = ("deepseek", "granitemoe", "mixtral")
+# These read rope_freqs.weight, by which every frequency is divided.
+_FREQUENCY_FACTORS = ("granitemoe", "mixtral")
 _DTYPES = {"F32": "f4", "F16": "f2"}  # the others are blocks of bytes
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 
@@ -67,6 +69,9 @@ class _Source:
         c, names = self.c, self.names
         table = (c.vocab_size, c.hidden_size)
         yield self._whole("token_embd.weight", names.embedding, table, "table")
+        if c.rope.kind == "llama3":
+            plain = Rope(c.rope.theta).inverse_frequencies(c.rotary_dim)
+            yield _Tensor("rope_freqs.weight", plain.shape, "plain", lambda: iter([plain / c.rope.inverse_frequencies(c.rotary_dim)]))
         for layer in range(c.num_layers):
             yield from self._layer(layer, f"blk.{layer}.")
         yield self._whole("output_norm.weight", names.final_norm, (c.hidden_size,), "plain")
@@ -169,21 +174,53 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _check(c: DecoderConfig) -> None:
-    """Refuses what llama.cpp would compute in another way."""
-    if c.router_groups > 1:
-        raise CFMoEError(f"topk_method: llama.cpp's {ARCHITECTURES[c.family]} chooses experts without groups; there is no export of it")
-    if c.rope.kind == "llama3":
-        raise CFMoEError("rope_scaling: the export to llama.cpp has no llama3 rope; supported are default, linear and yarn")
+    """Refuses what llama.cpp would compute in another way, or not load."""
+    arch = ARCHITECTURES[c.family]
     leading = c.moe_layers[0] if c.family.startswith("deepseek") else 0
-    if c.moe_layers != tuple(range(leading, c.num_layers)):
-        raise CFMoEError(f"layers without experts: llama.cpp's {ARCHITECTURES[c.family]} has them only where DeepSeek has, at the start")
     renormalises = c.family not in ("deepseek", "deepseek_v2", "olmoe", "qwen2_moe")
-    if c.router_renormalise != renormalises:
-        raise CFMoEError(f"norm_topk_prob is {c.router_renormalise}, but llama.cpp's {ARCHITECTURES[c.family]} takes {renormalises}")
-    if c.family == "qwen3_moe" and c.qkv_bias:
-        raise CFMoEError("attention_bias is True, but llama.cpp's qwen3moe has no such biases")
-    if c.family == "mixtral" and any(c.windows):
-        raise CFMoEError(f"sliding_window is {c.windows[0]}: llama.cpp's llama has none; set it to null if contexts stay below it")
+    swiglu = c.expert_swiglu
+    refusals = (
+        (
+            c.router_groups > 1,
+            f"topk_method: llama.cpp's {arch} ranks groups of experts by the sum of their two highest scores, this model by the highest",
+        ),
+        (
+            c.rope.kind == "llama3" and c.family not in _FREQUENCY_FACTORS,
+            f"rope_scaling is of type llama3, for which llama.cpp's {arch} reads no frequency factors",
+        ),
+        (
+            c.moe_layers != tuple(range(leading, c.num_layers)),
+            f"layers without experts: llama.cpp's {arch} has them only where DeepSeek has, at the start",
+        ),
+        (
+            c.router_renormalise != renormalises,
+            f"norm_topk_prob is {c.router_renormalise}, but llama.cpp's {arch} takes {renormalises}",
+        ),
+        (c.family == "qwen3_moe" and c.qkv_bias, "attention_bias is True, but llama.cpp's qwen3moe has no such biases"),
+        (
+            c.family != "gpt_oss" and any(c.windows),
+            f"sliding_window is {max(c.windows, default=0)}: llama.cpp's {arch} has none; set it to null if contexts stay below it",
+        ),
+        (
+            c.family == "gpt_oss" and not (c.qkv_bias and c.o_bias),
+            "attention_bias is False, but llama.cpp's gpt-oss wants such biases",
+        ),
+        (
+            swiglu is not None and (swiglu.alpha, swiglu.limit) != (1.702, 7.0),
+            f"swiglu_limit: llama.cpp's {arch} has 7 and a swiglu_alpha of 1.702 built in",
+        ),
+        (
+            c.family == "olmoe" and c.num_kv_heads != c.num_heads,
+            f"num_key_value_heads is {c.num_kv_heads}: llama.cpp's olmoe has norms for as many as num_attention_heads = {c.num_heads}",
+        ),
+        (
+            c.latent is not None and not c.latent.q_rank and c.num_layers not in (26, 27),
+            f"q_lora_rank is null, which llama.cpp's {arch} takes with 26 or 27 layers; this model has {c.num_layers}",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise CFMoEError(f"{reason}; there is no export of it")
 
 
 def _add_metadata(writer: Any, c: DecoderConfig, name: str, quant: str) -> None:
@@ -225,6 +262,7 @@ def _add_metadata(writer: Any, c: DecoderConfig, name: str, quant: str) -> None:
         writer.add_expert_shared_feed_forward_length(c.shared_ffn_size)
     if any(c.windows):
         writer.add_sliding_window(max(c.windows))
+        writer.add_sliding_window_pattern([window > 0 for window in c.windows])
     if c.family == "granitemoe":
         writer.add_attention_scale(c.attention_scale)
         writer.add_embedding_scale(c.embedding_multiplier)
@@ -241,6 +279,7 @@ def _add_rope(writer: Any, c: DecoderConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
     elif rope.kind == "yarn":
+        # `truncate` has no counterpart: llama.cpp rounds the ends of the ramp, of gpt-oss's own files too.
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope.factor)
         writer.add_rope_scaling_orig_ctx_len(rope.original_context)

@@ -189,13 +189,16 @@ def _header(shard: Sequence[Tensor]) -> bytes:
 
 
 def tokenizer_json(vocabulary: int) -> dict[str, Any]:
-    """A byte-level tokenizer of `vocabulary` ids: one per byte, then one per number, so that every id decodes to something."""
+    """A byte-level tokenizer of `vocabulary` ids: one per byte, then one per number, so that every id decodes to something.
+
+    Id 256 is the one merge, of two bytes that no text has: some readers take no tokenizer without merges.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     # GPT-2's alphabet: bytes that do not print are shifted behind 255.
     alphabet = {chr(byte): byte for byte in printable}
     alphabet |= {chr(256 + i): byte for i, byte in enumerate(b for b in range(256) if b not in printable)}
     table = {char: byte for char, byte in sorted(alphabet.items(), key=lambda item: item[1]) if byte < vocabulary}
-    table |= {f"<{number}>": number for number in range(256, vocabulary)}
+    table |= {f"<{number}>" if number > 256 else "ÿÿ": number for number in range(256, vocabulary)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
@@ -216,7 +219,7 @@ def tokenizer_json(vocabulary: int) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": table,
-            "merges": [],
+            "merges": [["ÿ", "ÿ"]] if vocabulary > 256 else [],
         },
     }
 

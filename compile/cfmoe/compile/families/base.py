@@ -161,9 +161,18 @@ class ConfigReader:
             "router_renormalise": self.boolean("norm_topk_prob", False) if renormalise is None else renormalise,
         }
 
-    def window(self, field: str = "sliding_window") -> int:
-        """How many tokens back attention sees; 0, as null does, means all."""
-        return 0 if self.config.get(field) is None else self.integer(field, low=0)
+    def window(self, default: int = 0) -> int:
+        """How many tokens back attention sees, by sliding_window, `default` where that is absent; 0, as null does, means all."""
+        return 0 if self.config.get("sliding_window", default) is None else self.integer("sliding_window", default, low=0)
+
+    def windows_by_layer(self, layers: int, window: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+        """`window` for the layers that layer_types calls sliding, or where it is absent those for which `slides` holds; 0 for others."""
+        kinds = self.config.get("layer_types")
+        if kinds is None:
+            kinds = ["sliding_attention" if slides(layer) else "full_attention" for layer in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise self.fail("layer_types", f"must list 'sliding_attention' or 'full_attention' for each of {layers} layers")
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
     def moe_layers(self, layers: int) -> tuple[int, ...]:
         """Qwen's rule: every decoder_sparse_step-th layer that is not in mlp_only_layers."""

@@ -6,16 +6,6 @@ from cfmoe.compile.decoder_config import ClampedSwiglu, DecoderConfig
 from cfmoe.compile.families.base import ConfigReader, Family, WeightNames
 
 
-def _windows(c: ConfigReader, layers: int) -> tuple[int, ...]:
-    kinds = c.config.get("layer_types")
-    if kinds is None:
-        kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise c.fail("layer_types", f"must list 'sliding_attention' or 'full_attention' for each of {layers} layers")
-    window = c.window()
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-
-
 def _configure(c: ConfigReader) -> DecoderConfig:
     common = c.common(rope_theta=150000.0, rms_norm_eps=1e-5)
     bias = c.boolean("attention_bias", True)
@@ -28,7 +18,7 @@ def _configure(c: ConfigReader) -> DecoderConfig:
         qkv_bias=bias,
         o_bias=bias,
         sinks=True,
-        windows=_windows(c, layers),
+        windows=c.windows_by_layer(layers, c.window(128), lambda layer: layer % 2 == 0),
         router_bias=True,
         expert_bias=True,
         expert_swiglu=ClampedSwiglu(
