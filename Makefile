@@ -50,7 +50,7 @@ demo: .venv/.installed ## compile the embedded model and run it at three memory 
 test: lint test-cpp test-python ## every check: lint, C++ under sanitizers, Python (at most 15 minutes on two cores)
 
 .PHONY: test-full
-test-full: lint test-cpp fuzz ## test, with long fuzzing and the slow tests
+test-full: lint test-cpp fuzz android-tools ## test, with long fuzzing and the slow tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not cross"
 
 .PHONY: test-python
@@ -85,6 +85,11 @@ test-cpp: build/asan/.built build/tsan/.built ## the C++ tests, under AddressSan
 fuzz: build/asan/.built ## long fuzzing of the loader and of the C API
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS_FULL)
 	build/asan/cfmoe_fuzz_capi $(FUZZ_CAPI_RUNS_FULL)
+
+.PHONY: android-tools
+android-tools: .venv/.installed ## what makes an APK without Google's tools: system packages (as root), Kotlin, R8, Android's API
+	@scripts/system_packages.sh "$(PYTHON)" android
+	CFMOE_ANDROID_TOOLS=build/android-tools $(BIN)/python -m cfmoe.package.android_tools
 
 .PHONY: lint
 lint: .venv/.installed ## ruff, mypy, clang-format

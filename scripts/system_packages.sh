@@ -4,6 +4,7 @@
 # Run as: scripts/system_packages.sh PYTHON
 set -euo pipefail
 python=${1:?the Python interpreter}
+shift
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
   echo "error: $python is not Python 3.11 or newer; install one and run make PYTHON=/path/to/python3" >&2
@@ -25,6 +26,23 @@ loader libOpenCL.so.1 ocl-icd-libopencl1
 ls /usr/share/vulkan/icd.d/lvp_icd* >/dev/null 2>&1 || missing+=(mesa-vulkan-drivers)
 ls /usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation* >/dev/null 2>&1 || missing+=(vulkan-validationlayers)
 ls /etc/OpenCL/vendors/pocl* >/dev/null 2>&1 || missing+=(pocl-opencl-icd)
+for group in "$@"; do
+  case $group in
+    android)
+      command -v javac >/dev/null && command -v keytool >/dev/null || missing+=(openjdk-17-jdk-headless)
+      for tool in aapt2:aapt zipalign:zipalign apksigner:apksigner dexdump:dexdump npm:npm; do
+        command -v "${tool%%:*}" >/dev/null || missing+=("${tool#*:}")
+      done
+      [ -e /usr/share/android-framework-res/framework-res.apk ] || missing+=(android-framework-res)
+      [ -e /usr/share/java/junit4.jar ] || missing+=(junit4)
+      [ -e /usr/share/java/com.android.json.jar ] || missing+=(libandroid-json-java)
+      ;;
+    *)
+      echo "error: the group $group is unknown; there is: android" >&2
+      exit 1
+      ;;
+  esac
+done
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

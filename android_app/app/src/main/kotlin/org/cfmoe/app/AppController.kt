@@ -1,0 +1,351 @@
+/** What the app does: takes a person's wishes, talks to engine and library, and tells the store what has happened. */
+package org.cfmoe.app
+
+import java.io.File
+import java.io.IOException
+import java.util.concurrent.Executor
+import java.util.concurrent.atomic.AtomicBoolean
+import org.cfmoe.app.benchmark.BenchmarkPlan
+import org.cfmoe.app.benchmark.BenchmarkRun
+import org.cfmoe.app.chat.Transcript
+import org.cfmoe.app.engine.Budget
+import org.cfmoe.app.engine.Engine
+import org.cfmoe.app.engine.EngineEnd
+import org.cfmoe.app.engine.EngineError
+import org.cfmoe.app.engine.EngineFactory
+import org.cfmoe.app.engine.EngineObserver
+import org.cfmoe.app.engine.Event
+import org.cfmoe.app.engine.GenerateRequest
+import org.cfmoe.app.engine.Greeting
+import org.cfmoe.app.engine.LoadRequest
+import org.cfmoe.app.engine.Outcome
+import org.cfmoe.app.models.ArtifactSource
+import org.cfmoe.app.models.ImportCancelled
+import org.cfmoe.app.models.Importer
+import org.cfmoe.app.models.ModelEntry
+import org.cfmoe.app.models.ModelException
+import org.cfmoe.app.models.ModelLibrary
+import org.cfmoe.app.state.Action
+import org.cfmoe.app.state.AppState
+import org.cfmoe.app.state.BenchmarkState
+import org.cfmoe.app.state.Ending
+import org.cfmoe.app.state.EngineState
+import org.cfmoe.app.state.ImportState
+import org.cfmoe.app.state.MainThread
+import org.cfmoe.app.state.Message
+import org.cfmoe.app.state.Notice
+import org.cfmoe.app.state.Screen
+import org.cfmoe.app.state.Store
+import org.cfmoe.app.state.isBusy
+import org.cfmoe.app.state.modelOrNull
+
+/** A model inside the app: its manifest, and where its files come from. */
+data class BundledModel(val manifest: ByteArray, val source: ArtifactSource)
+
+/** All methods on the main thread; what takes long goes to `io`, which runs one thing at a time. */
+class AppController(
+    private val store: Store,
+    private val main: MainThread,
+    private val io: Executor,
+    private val engines: EngineFactory,
+    private val library: ModelLibrary,
+    private val bundled: () -> List<BundledModel>,
+    private val transcript: File,
+) {
+    /** One engine and the model that it was started for. */
+    private inner class Running(val model: ModelEntry, val device: String?) : EngineObserver {
+        lateinit var engine: Engine
+        private var greeting: Greeting? = null
+
+        override fun onReady(greeting: Greeting) {
+            this.greeting = greeting
+            if (this !== running) return
+            engine.load(LoadRequest(model.directory.path, device = device), ::onLoaded)
+        }
+
+        private fun onLoaded(outcome: Outcome<Event.Loaded>) {
+            if (this !== running) return
+            when (outcome) {
+                is Outcome.Success -> {
+                    val known = checkNotNull(greeting) { "an engine loads behind its greeting" }
+                    contextLost = true
+                    store.dispatch(Action.EngineReady(model, known.version, outcome.value, known.devices))
+                    refresh()
+                }
+                is Outcome.Failure -> if (outcome.error.kind != EngineError.Kind.ENDED) {
+                    store.dispatch(Action.EngineRefused(model, outcome.error.message))
+                    engine.close()
+                }
+            }
+        }
+
+        override fun onEnd(end: EngineEnd) {
+            if (this !== running) return
+            running = null
+            benchmark = null
+            budgetWanted = null
+            budgetAsked = false
+            store.dispatch(Action.EngineEnded(end))
+            next?.let { (model, device) -> start(model, device) }
+        }
+    }
+
+    private var running: Running? = null
+    private var next: Pair<ModelEntry, String?>? = null // to be opened when the running one has ended
+    private var contextLost = false // the engine knows nothing of the conversation that is shown
+    private var polling = false
+    private var budgetAsked = false
+    private var budgetWanted: Long? = null
+    private var benchmark: BenchmarkRun? = null
+    private var importCancelled = AtomicBoolean()
+    val plan = BenchmarkPlan()
+
+    private val state: AppState
+        get() = store.state
+
+    // The beginning, and what the system says.
+
+    /** Unpacks what came with the app, lists the models, and opens the one that was open last. */
+    fun start() {
+        importCancelled = AtomicBoolean()
+        val cancelled = importCancelled
+        io.execute {
+            library.sweep()
+            try {
+                for (model in bundled()) {
+                    if (library.find(model.manifest, bundled = true) == null) import(model.source, true, cancelled)
+                }
+                main.execute { store.dispatch(Action.ImportEnded(null)) }
+            } catch (error: ModelException) {
+                main.execute { store.dispatch(Action.ImportFailed(error.message.orEmpty())) }
+            } catch (_: ImportCancelled) {
+                main.execute { store.dispatch(Action.ImportEnded(null)) }
+            }
+            val last = Transcript.read(transcript)
+            val models = library.list()
+            main.execute {
+                store.dispatch(Action.ModelsListed(models))
+                if (last.messages.isNotEmpty()) store.dispatch(Action.ChatRestored(last.messages))
+                val model = models.find { it.id == last.modelId } ?: models.firstOrNull()
+                if (model != null && running == null) {
+                    open(model)
+                    store.dispatch(Action.ScreenChosen(Screen.CHAT))
+                }
+            }
+        }
+    }
+
+    /** Writes down what must outlast the app's process. */
+    fun save() {
+        val kept = Transcript(state.engine.modelOrNull?.id, state.chat.messages)
+        io.execute {
+            try {
+                kept.write(transcript)
+            } catch (error: IOException) {
+                main.execute { store.dispatch(Action.Told(Notice.Trouble(error.message.orEmpty()))) }
+            }
+        }
+    }
+
+    /** The system needs memory: the engine keeps the least that works with. */
+    fun giveMemoryBack() {
+        val engine = running?.engine ?: return
+        if (state.engine !is EngineState.Ready) return
+        engine.trim(0) { outcome -> if (outcome is Outcome.Success) store.dispatch(Action.MemoryGivenBack(outcome.value.memory)) }
+    }
+
+    fun choose(screen: Screen) = store.dispatch(Action.ScreenChosen(screen))
+
+    fun noticeRead() = store.dispatch(Action.NoticeRead)
+
+    fun tell(notice: Notice) = store.dispatch(Action.Told(notice))
+
+    // Models.
+
+    fun importModel(source: ArtifactSource) {
+        if (state.importing is ImportState.Running) return
+        importCancelled = AtomicBoolean()
+        val cancelled = importCancelled
+        io.execute {
+            val action = try {
+                Action.ImportEnded(import(source, false, cancelled).name)
+            } catch (error: ModelException) {
+                Action.ImportFailed(error.message.orEmpty())
+            } catch (_: ImportCancelled) {
+                Action.ImportEnded(null)
+            }
+            val models = library.list()
+            main.execute {
+                store.dispatch(action)
+                store.dispatch(Action.ModelsListed(models))
+            }
+        }
+    }
+
+    private fun import(source: ArtifactSource, bundled: Boolean, cancelled: AtomicBoolean): ModelEntry =
+        Importer(library, cancelled) { progress -> main.execute { store.dispatch(Action.ImportAdvanced(bundled, progress)) } }
+            .import(source, bundled)
+
+    fun cancelImport() = importCancelled.set(true)
+
+    fun delete(model: ModelEntry) {
+        if (state.engine.modelOrNull?.id == model.id) close()
+        io.execute {
+            val trouble = try {
+                library.delete(model)
+                null
+            } catch (error: ModelException) {
+                error.message
+            }
+            val models = library.list()
+            main.execute {
+                if (trouble != null) tell(Notice.Trouble(trouble))
+                store.dispatch(Action.ModelsListed(models))
+            }
+        }
+    }
+
+    // The engine.
+
+    /** Opens `model` in an engine of its own; one that runs is ended before, so that the two do not need memory at once. */
+    fun open(model: ModelEntry, device: String? = null) {
+        val before = running ?: return start(model, device)
+        next = model to device
+        store.dispatch(Action.EngineOpening(model))
+        before.engine.close()
+    }
+
+    private fun start(model: ModelEntry, device: String?) {
+        next = null
+        store.dispatch(Action.EngineOpening(model))
+        val started = Running(model, device)
+        running = started
+        started.engine = engines.start(started)
+    }
+
+    /** The same model again, after the engine has ended or with another device. */
+    fun restart(device: String? = running?.device) {
+        state.engine.modelOrNull?.let { open(it, device) }
+    }
+
+    fun close() {
+        next = null
+        running?.engine?.close()
+    }
+
+    /** Asks for a budget in bytes. While one is being set only the last of those that come is kept. */
+    fun setBudget(bytes: Long) {
+        if (state.engine !is EngineState.Ready) return
+        budgetWanted = bytes
+        if (!budgetAsked) askBudget()
+    }
+
+    private fun askBudget() {
+        val engine = running?.engine ?: return
+        val bytes = budgetWanted ?: return
+        budgetWanted = null
+        budgetAsked = true
+        engine.setBudget(Budget.Bytes(bytes)) { outcome ->
+            budgetAsked = false
+            when (outcome) {
+                is Outcome.Success -> store.dispatch(Action.MemoryChanged(outcome.value.memory))
+                is Outcome.Failure -> tellFailure(outcome.error)
+            }
+            askBudget()
+        }
+    }
+
+    private fun tellFailure(error: EngineError) {
+        if (error.kind != EngineError.Kind.ENDED) tell(Notice.FromEngine(error.message))
+    }
+
+    // The conversation.
+
+    fun send(prompt: String) {
+        val engine = running?.engine
+        if (engine == null || state.engine !is EngineState.Ready || state.isBusy || prompt.isEmpty()) return
+        // A fresh engine is told the whole conversation once.
+        val before = if (contextLost) state.chat.messages.joinToString("", transform = Message::text) else ""
+        val request = GenerateRequest(prompt = before + prompt, reset = contextLost)
+        contextLost = false
+        store.dispatch(Action.PromptSent(prompt))
+        engine.generate(request, { token -> if (!token.text.isNullOrEmpty()) store.dispatch(Action.TextArrived(token.text)) }) { outcome ->
+            when (outcome) {
+                is Outcome.Success -> store.dispatch(Action.AnswerEnded(outcome.value))
+                is Outcome.Failure -> {
+                    contextLost = true
+                    val ended = outcome.error.kind == EngineError.Kind.ENDED
+                    store.dispatch(Action.AnswerFailed(if (ended) Ending.EngineEnded else Ending.Failed(outcome.error.message)))
+                }
+            }
+            refresh()
+        }
+        poll()
+    }
+
+    fun cancelAnswer() {
+        if (state.chat.answering) running?.engine?.cancel()
+    }
+
+    fun forgetConversation() {
+        if (state.isBusy) return
+        contextLost = false
+        store.dispatch(Action.ConversationForgotten)
+        running?.engine?.reset { outcome ->
+            if (outcome is Outcome.Failure) tellFailure(outcome.error)
+            refresh()
+        }
+    }
+
+    /** One report now. */
+    private fun refresh() {
+        running?.engine?.metrics { outcome -> if (outcome is Outcome.Success) store.dispatch(Action.Reported(outcome.value)) }
+    }
+
+    /** Reports as long as the engine computes, the next one only behind the last. */
+    private fun poll() {
+        val engine = running?.engine
+        if (polling || engine == null || !state.isBusy) return
+        polling = true
+        main.later(POLL_MILLIS) {
+            engine.metrics { outcome ->
+                polling = false
+                if (outcome is Outcome.Success) {
+                    store.dispatch(Action.Reported(outcome.value))
+                    poll()
+                }
+            }
+        }
+    }
+
+    // The benchmark.
+
+    fun startBenchmark() {
+        val engine = running?.engine ?: return
+        val ready = state.engine as? EngineState.Ready ?: return
+        if (state.isBusy) return
+        store.dispatch(Action.BenchmarkStarted(plan.runs.size))
+        contextLost = true
+        benchmark = BenchmarkRun(
+            engine,
+            ready.loaded.model,
+            ready.memory.budget,
+            plan,
+            onRow = { store.dispatch(Action.BenchmarkAdvanced(it)) },
+            onEnd = { incomplete ->
+                benchmark = null
+                store.dispatch(Action.BenchmarkEnded(incomplete))
+                refresh()
+            },
+        ).also { it.start() }
+        poll()
+    }
+
+    fun cancelBenchmark() {
+        if (state.benchmark is BenchmarkState.Running) benchmark?.cancel()
+    }
+
+    private companion object {
+        const val POLL_MILLIS = 400L
+    }
+}

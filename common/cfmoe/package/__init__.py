@@ -1,0 +1,1 @@
+"""From an artifact to an app that a phone installs."""
