@@ -94,15 +94,23 @@ Artifact open_artifact(const std::string& directory) {
   Artifact artifact;
   artifact.directory = directory;
   artifact.manifest = read_manifest(directory);
-  artifact.target = pick_cpu_target(artifact.manifest, artifact.path_of(kManifest), host_cpu());
   uint64_t weights_size = check_file_size(directory, artifact.manifest, "weights.bin");
   uint64_t experts_size = check_file_size(directory, artifact.manifest, "experts.bin");
   artifact.index = parse_index(read_verified(directory, artifact.manifest, "index.json"),
                                artifact.path_of("index.json"), weights_size, experts_size);
   check_agreement(artifact);
-  check_file_size(directory, artifact.manifest, artifact.target.library);
-  check_file_size(directory, artifact.manifest, artifact.target.plan);
   return artifact;
+}
+
+void check_target_files(const Artifact& artifact, const TargetEntry& target) {
+  check_file_size(artifact.directory, artifact.manifest, target.library);
+  check_file_size(artifact.directory, artifact.manifest, target.plan);
+}
+
+TargetEntry cpu_target(const Artifact& artifact) {
+  TargetEntry target = pick_cpu_target(artifact.manifest, artifact.path_of(kManifest), host_cpu());
+  check_target_files(artifact, target);
+  return target;
 }
 
 }  // namespace cfmoe

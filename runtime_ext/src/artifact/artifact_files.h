@@ -1,4 +1,4 @@
-// Opens an artifact directory: manifest, index and the target for this CPU, every file checked before use.
+// Opens an artifact directory: manifest, index and targets, every file checked before use.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,6 @@ struct Artifact {
   std::string directory;
   Manifest manifest;
   ArtifactIndex index;
-  TargetEntry target;
 
   std::string path_of(const std::string& relative) const { return directory + "/" + relative; }
 };
@@ -21,6 +20,11 @@ struct Artifact {
 // Throws cfmoe::Error naming the file, the reason and the remedy. The sizes of weights.bin and experts.bin are checked
 // here, their digests when they are read.
 Artifact open_artifact(const std::string& directory);
+
+// The target for this CPU, and whether its files are there. Throws cfmoe::Error naming what is missing.
+TargetEntry cpu_target(const Artifact& artifact);
+// Throws unless the target's files are there and have the manifest's sizes.
+void check_target_files(const Artifact& artifact, const TargetEntry& target);
 
 // The manifest alone, for what needs no kernels. Throws as open_artifact does.
 Manifest read_manifest(const std::string& directory);

@@ -134,7 +134,9 @@ std::vector<TargetEntry> parse_targets(const JsonValue& value, const Manifest& m
     TargetEntry target;
     target.name = name;
     target.device = entry.at("device").choice({"cpu", "vulkan", "opencl", "metal"});
-    target.arch = entry.at("arch").choice({"x86_64", "aarch64"});
+    const bool cpu = target.device == "cpu";
+    target.arch = entry.at("arch").choice(cpu ? std::vector<std::string>{"x86_64", "aarch64"}
+                                              : std::vector<std::string>{"generic"});
     for (const JsonValue& feature : entry.at("features").elements(kMaxFeatures))
       target.features.push_back(feature.string());
     target.library = listed_path(entry.at("library"), manifest);

@@ -17,7 +17,7 @@ struct FileEntry {
 struct TargetEntry {
   std::string name;
   std::string device;  // cpu, vulkan, opencl, metal
-  std::string arch;    // x86_64, aarch64
+  std::string arch;    // x86_64, aarch64; generic for a GPU
   std::vector<std::string> features;
   std::string library;  // relative paths, checked to stay inside the artifact
   std::string plan;

@@ -65,10 +65,16 @@ struct ExpertCache::Impl final : Residency::Actions {
   Impl(ExpertStore& the_store, const PolicyFacts& facts, const ExpertCacheOptions& options)
       : store(the_store),
         recorder(options.recorder),
+        slabs(options.slabs),
         places(static_cast<size_t>(facts.total())),
         residency(facts, make_policy(options.policy, facts), *this, options.log_events),
         queue(options.io_threads) {
-    if (store.mode() != IoMode::kMmap) pool = std::make_unique<ExpertPool>(store.index().record_stride, facts.slots);
+    const uint64_t stride = store.index().record_stride;
+    if (slabs != nullptr) {
+      pool = std::make_unique<ExpertPool>(stride, facts.slots, *slabs);
+    } else if (store.mode() != IoMode::kMmap) {
+      pool = std::make_unique<ExpertPool>(stride, facts.slots);
+    }
   }
 
   void load(ExpertKey key, Phase phase) override;
@@ -85,9 +91,10 @@ struct ExpertCache::Impl final : Residency::Actions {
 
   ExpertStore& store;
   TraceRecorder* const recorder;
+  SlabSource* const slabs;
   std::vector<Place> places;  // [layers * experts]
   Residency residency;
-  std::unique_ptr<ExpertPool> pool;  // null with mmap
+  std::unique_ptr<ExpertPool> pool;  // null with mmap in the host's memory
   std::array<PhaseMetrics, 2> phase_metrics;
   std::array<std::atomic<uint64_t>, 2> bytes_read{};  // by I/O threads
   std::vector<bool> hits;                             // of the group under way
@@ -101,8 +108,15 @@ void ExpertCache::Impl::load(ExpertKey key, Phase phase) {
     place(key).slot = pool->acquire();
     if (place(key).slot < 0) throw Error(ErrorKind::kInternal, "expert cache: the pool has no free slot");
     const ExpertView where = view(key);
-    void* destination = static_cast<int32_t*>(where.base) + where.word_offset;
-    load->job = queue.submit([this, key, destination, &bytes] { bytes += store.read(key, destination); });
+    if (slabs != nullptr) {
+      load->job = queue.submit([this, key, where, &bytes] {
+        slabs->fill(*where.slab, static_cast<uint64_t>(where.word_offset) * 4, store.index().record_bytes,
+                    [&](void* destination) { bytes += store.read(key, destination); });
+      });
+    } else {
+      void* destination = static_cast<int32_t*>(where.base) + where.word_offset;
+      load->job = queue.submit([this, key, destination, &bytes] { bytes += store.read(key, destination); });
+    }
   } else {
     // A plain pointer: the job must not keep the load alive that holds it, and `settle` keeps the load until the job is
     // done.
@@ -115,16 +129,17 @@ void ExpertCache::Impl::load(ExpertKey key, Phase phase) {
   place(key).load = std::move(load);
 }
 
-// The slot is not free to be written before the read into it has ended.
+// The slot is not free to be written before the read into it has ended, and the device has no more use of it.
 void ExpertCache::Impl::evict(ExpertKey key, Phase phase) {
-  if (const std::shared_ptr<Load> load = place(key).load) {
-    try {
+  try {
+    if (const std::shared_ptr<Load> load = place(key).load) {
       StallTimer stall(&of(phase).stall_ns);
       queue.wait(load->job);
-    } catch (...) {
-      release(key);
-      throw;
     }
+    if (slabs != nullptr) slabs->quiesce();
+  } catch (...) {
+    release(key);
+    throw;
   }
   release(key);
 }
@@ -268,6 +283,7 @@ void ExpertCache::drain() {
 void ExpertCache::clear() {
   Impl& cache = *impl_;
   cache.queue.wait_idle();
+  if (cache.slabs != nullptr) cache.slabs->quiesce();
   // A read that failed is no matter any more: its expert is forgotten like all others.
   for (const ExpertKey key : cache.residents()) cache.release(key);
   cache.residency.clear();
@@ -280,6 +296,7 @@ void ExpertCache::resize(int32_t slots) {
   slots = checked_slots(slots, facts.top_k, facts.total());
   // A background read that failed leaves its expert absent: who needs it reads it again, and meets the error then.
   cache.queue.wait_idle();
+  if (cache.slabs != nullptr) cache.slabs->quiesce();
   for (const ExpertKey key : cache.residents()) {
     if (!cache.place(key).load || !cache.queue.failed(cache.place(key).load->job)) continue;
     cache.residency.drop(key);
@@ -294,7 +311,12 @@ void ExpertCache::resize(int32_t slots) {
     }
   }
   cache.residency.resize(slots);
-  if (cache.pool) cache.pool->resize(slots);
+  if (!cache.pool) return;
+  cache.pool->resize(slots, [&cache](int32_t from, int32_t to) {
+    std::find_if(cache.places.begin(), cache.places.end(), [from](const Place& place) {
+      return place.slot == from;
+    })->slot = to;
+  });
 }
 
 PhaseMetrics ExpertCache::metrics(Phase phase) const {

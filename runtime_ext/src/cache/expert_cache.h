@@ -37,6 +37,7 @@ struct ExpertCacheOptions {
   int32_t io_threads = 2;
   bool log_events = false;
   TraceRecorder* recorder = nullptr;  // told of all routing; outlives the cache
+  SlabSource* slabs = nullptr;        // of a device's memory; outlives the cache
 };
 
 // Not thread safe: one caller. Reads run on the cache's own I/O threads.

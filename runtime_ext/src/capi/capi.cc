@@ -12,8 +12,10 @@
 #include "error.h"
 
 struct cfmoe_engine {
-  cfmoe::Engine engine;
-  cfmoe_engine(const std::string& artifact, const cfmoe::EngineOptions& options) : engine(artifact, options) {}
+  const std::unique_ptr<cfmoe::Engine> owner;
+  cfmoe::Engine& engine;
+  cfmoe_engine(const std::string& artifact, const cfmoe::EngineOptions& options)
+      : owner(cfmoe::open_engine(artifact, options)), engine(*owner) {}
 };
 
 struct cfmoe_session {
@@ -78,6 +80,10 @@ cfmoe_status cfmoe_engine_open(const char* artifact, const cfmoe_engine_options*
       engine.log_events = options->log_events != 0;
       engine.record_trace = options->record_trace != 0;
       engine.record_scores = options->record_scores != 0;
+      cfmoe::PlacementOptions& placement = engine.placement;
+      if (options->device != nullptr) placement.device = options->device;
+      if (options->prefill_device != nullptr) placement.prefill_device = options->prefill_device;
+      if (options->decode_device != nullptr) placement.decode_device = options->decode_device;
     }
     *out = new cfmoe_engine(artifact, engine);
   });
@@ -135,6 +141,15 @@ size_t cfmoe_engine_residents(const cfmoe_engine* engine, uint8_t* out, size_t c
 }
 
 const char* cfmoe_engine_io(const cfmoe_engine* engine) { return engine == nullptr ? "" : engine->engine.io(); }
+const char* cfmoe_engine_device(const cfmoe_engine* engine, int decode) {
+  if (engine == nullptr) return "";
+  return engine->engine.device_of(decode != 0 ? cfmoe::Phase::kDecode : cfmoe::Phase::kPrefill).c_str();
+}
+
+const char* cfmoe_engine_device_name(const cfmoe_engine* engine) {
+  return engine == nullptr ? "" : engine->engine.device_name();
+}
+
 const char* cfmoe_engine_policy(const cfmoe_engine* engine) {
   return engine == nullptr ? "" : engine->engine.policy().c_str();
 }

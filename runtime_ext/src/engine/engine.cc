@@ -19,22 +19,27 @@ constexpr int32_t kMaxThreads = 1024;
 
 uint64_t round_up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
-// Places of everything in the workspace block; computed before the block exists, because the budget needs its size.
+constexpr int32_t kIoThreads = 2;
+constexpr uint64_t kWorkEntryBytes = 16;
+
+// Places of everything in the host's workspace block; computed before the block exists, because the budget needs its
+// size. `programs` is the largest workspace of the programs that run on the CPU; where there are none, their inputs and
+// the experts' lists are in the device's workspace.
 struct WorkspaceLayout {
   uint64_t tokens = 0, hidden = 0, head_input = 0, lists = 0, candidates = 0, seen = 0, scores = 0, total = 0;
   uint64_t scores_bytes = 0;
   uint64_t lists_bytes = 0;
 
-  WorkspaceLayout(const Plan& plan, const ModelFacts& model, int32_t chunk) {
+  WorkspaceLayout(uint64_t programs, bool device, const ModelFacts& model, int32_t chunk) {
     const auto hidden_size = static_cast<uint64_t>(model.hidden_size),
                vocabulary = static_cast<uint64_t>(model.vocab_size);
-    uint64_t end = std::max({plan.prefill.workspace_bytes, plan.decode.workspace_bytes, plan.head.workspace_bytes});
+    uint64_t end = programs;
     const auto take = [&end](uint64_t bytes) {
       const uint64_t place = round_up(end, 64);
       end = place + bytes;
       return place;
     };
-    lists_bytes = ExpertsStep::list_bytes(model.num_experts, model.top_k, chunk);
+    lists_bytes = device ? 0 : ExpertLists::bytes(model.num_experts, model.top_k, chunk);
     tokens = take(sizeof(int32_t) * static_cast<uint64_t>(chunk));
     hidden = take(sizeof(float) * hidden_size * static_cast<uint64_t>(chunk));
     head_input = take(sizeof(float) * hidden_size);
@@ -59,6 +64,8 @@ void append_warning(std::string* all, const std::string& warning) {
 
 }  // namespace
 
+void Engine::add_warning(const std::string& warning) { append_warning(&warning_, warning); }
+
 Engine::Engine(const std::string& artifact, const EngineOptions& options) : policy_(options.policy) {
   if (options.threads < 0 || options.threads > kMaxThreads) {
     throw Error("--threads " + std::to_string(options.threads) + " is outside 0 (one per physical core) to " +
@@ -66,15 +73,46 @@ Engine::Engine(const std::string& artifact, const EngineOptions& options) : poli
   }
   parse_io_mode(options.io);
   artifact_ = open_artifact(artifact);
-  const std::string& plan = artifact_.target.plan;
-  plan_ = parse_plan(read_verified(artifact_.directory, artifact_.manifest, plan), artifact_.path_of(plan),
-                     artifact_.manifest, artifact_.index);
+  placement_ = place(options.placement, artifact_);
+  read_plans();
   plan_memory(options);
   load(options);
 #if defined(__GLIBC__)
   // Reading JSON takes far more memory than what is kept of it.
   malloc_trim(0);
 #endif
+}
+
+void Engine::read_plans() {
+  const auto read = [this](const TargetEntry& target, bool gpu) {
+    return parse_plan(read_verified(artifact_.directory, artifact_.manifest, target.plan),
+                      artifact_.path_of(target.plan), artifact_.manifest, artifact_.index, gpu);
+  };
+  if (placement_.cpu) cpu_plan_ = read(*placement_.cpu, false);
+  if (placement_.gpu) gpu_plan_ = read(*placement_.gpu, true);
+}
+
+// Bytes of workspace for what of the plan runs there: prefill, decode or both.
+uint64_t Engine::programs_bytes(const std::optional<Plan>& plan, bool cpu) const {
+  uint64_t bytes = 0;
+  if (plan && on_cpu(Phase::kPrefill) == cpu) bytes = plan->prefill.workspace_bytes;
+  if (plan && on_cpu(Phase::kDecode) == cpu)
+    bytes = std::max({bytes, plan->decode.workspace_bytes, plan->head.workspace_bytes});
+  return bytes;
+}
+
+DeviceWorkspaceSizes Engine::device_workspace_sizes() const {
+  const ModelFacts& facts = model();
+  return {programs_bytes(gpu_plan_, false), sizeof(int32_t) * static_cast<uint64_t>(chunk()),
+          sizeof(float) * static_cast<uint64_t>(facts.hidden_size),
+          ExpertLists::bytes(facts.num_experts, facts.top_k, chunk()),
+          kWorkEntryBytes * static_cast<uint64_t>(facts.num_experts)};
+}
+
+uint64_t Engine::available() const {
+  if (!placement_.device) return available_memory();
+  const uint64_t device = placement_.device->available_memory();
+  return placement_.device->facts().unified ? std::min(available_memory(), device) : device;
 }
 
 void Engine::plan_memory(const EngineOptions& options) {
@@ -86,17 +124,33 @@ void Engine::plan_memory(const EngineOptions& options) {
                 std::to_string(largest) + " tokens: use at most " + std::to_string(largest));
   }
   kv_rows_ = static_cast<int64_t>(round_up(context_size_, kContextStep));
-  if (kv_rows_ > plan_.bounds.context.high || kv_rows_ < plan_.bounds.context.low ||
-      int64_t{context_size_} - 1 > plan_.bounds.position.high) {
-    throw Error(artifact_.path_of(artifact_.target.plan) + ": is not made for a context of " +
-                std::to_string(context_size_) + " tokens: use at most " + std::to_string(plan_.bounds.context.high) +
-                " or compile the artifact again");
+  for (const auto& [plan, target] : {std::pair{&cpu_plan_, &placement_.cpu}, std::pair{&gpu_plan_, &placement_.gpu}}) {
+    if (!*plan) continue;
+    const SymbolBounds& bounds = (*plan)->bounds;
+    if (kv_rows_ <= bounds.context.high && kv_rows_ >= bounds.context.low &&
+        int64_t{context_size_} - 1 <= bounds.position.high) {
+      continue;
+    }
+    throw Error(artifact_.path_of((*target)->plan) + ": is not made for a context of " + std::to_string(context_size_) +
+                " tokens: use at most " + std::to_string(bounds.context.high) + " or compile the artifact again");
   }
   const uint64_t weights_bytes = check_file_size(artifact_.directory, artifact_.manifest, "weights.bin");
-  fixed_ = {round_up(weights_bytes, kBufferAlignment), round_up(KvCache::bytes(plan_.kv, kv_rows_), kBufferAlignment),
-            WorkspaceLayout(plan_, facts, chunk()).total};
+  const PlanKv& kv = plan_for(Phase::kPrefill).kv;
+  const KvSizes sizes = kv_sizes(kv, kv_rows_), others = kv_sizes(plan_for(Phase::kDecode).kv, kv_rows_);
+  if (sizes.k != others.k || sizes.v != others.v)
+    throw Error(artifact_.directory + ": its targets disagree about the KV cache; compile the artifact again");
+  const WorkspaceLayout layout(programs_bytes(cpu_plan_, true), placement_.device != nullptr, facts, chunk());
+  if (placement_.device) {
+    const device::Facts& device = placement_.device->facts();
+    fixed_ = {ModelMemory::device_weights(device, artifact_.index).total(),
+              ModelMemory::device_kv(device, kv, kv_rows_).total(),
+              layout.total + DeviceWorkspace::bytes(device, device_workspace_sizes()) +
+                  DeviceSlabs::staging_bytes(device, experts().record_stride, kIoThreads)};
+  } else {
+    fixed_ = {ModelMemory::host_weights_bytes(weights_bytes), ModelMemory::host_kv_bytes(kv, kv_rows_), layout.total};
+  }
   BudgetRequest request{options.budget_bytes, options.expert_percent, 0};
-  if (request.budget_bytes == 0 && request.expert_percent == 0) request.available_bytes = available_memory();
+  if (request.budget_bytes == 0 && request.expert_percent == 0) request.available_bytes = available();
   budget_ = plan(request);
   append_warning(&warning_, budget_.warning);
 }
@@ -104,71 +158,126 @@ void Engine::plan_memory(const EngineOptions& options) {
 void Engine::load(const EngineOptions& options) {
   const ModelFacts& facts = model();
   const IoMode io = parse_io_mode(options.io);
-  if (KernelLibrary::is_static()) {
-    kernels_ = KernelLibrary::linked(artifact_.directory, artifact_.manifest.kernel_set, artifact_.target.name);
-  } else {
-    // The library runs code, so its digest comes first.
-    read_verified(artifact_.directory, artifact_.manifest, artifact_.target.library);
-    kernels_ = std::make_unique<KernelLibrary>(artifact_.path_of(artifact_.target.library));
-  }
+  load_kernels();
   pool_ = std::make_unique<ThreadPool>(options.threads);
-  weights_ = load_weights(artifact_.path_of("weights.bin"), artifact_.index.weights, io);
-  append_warning(&warning_, weights_.warning);
-  kv_.emplace(plan_.kv, kv_rows_);
+  const std::string weights = artifact_.path_of("weights.bin");
+  const PlanKv& kv = plan_for(Phase::kPrefill).kv;
+  if (placement_.device) {
+    memory_ = ModelMemory::on_device(*placement_.device, weights, artifact_.index, kv, kv_rows_, io);
+    load_device();
+  } else {
+    memory_ = ModelMemory::on_host(weights, artifact_.index, kv, kv_rows_, io);
+  }
+  append_warning(&warning_, memory_->warning);
 
-  const WorkspaceLayout layout(plan_, facts, chunk());
+  const WorkspaceLayout layout(programs_bytes(cpu_plan_, true), placement_.device != nullptr, facts, chunk());
   const auto hidden_size = static_cast<uint64_t>(facts.hidden_size),
              vocabulary = static_cast<uint64_t>(facts.vocab_size);
-  const auto chunk_size = static_cast<uint64_t>(chunk());
   workspace_ = AlignedBuffer(layout.total);
-  tokens_ = part<int32_t>(workspace_, layout.tokens, chunk_size);
-  hidden_ = part<float>(workspace_, layout.hidden, chunk_size * hidden_size);
-  head_input_ = part<float>(workspace_, layout.head_input, hidden_size);
+  hidden_ = part<float>(workspace_, layout.hidden, static_cast<uint64_t>(chunk()) * hidden_size);
   candidates_ = part<Sampler::Candidate>(workspace_, layout.candidates, vocabulary);
   seen_ = part<uint8_t>(workspace_, layout.seen, vocabulary);
+  lists_ =
+      ExpertLists(device_workspace_ ? device_workspace_->list_memory
+                                    : part<int32_t>(workspace_, layout.lists, layout.lists_bytes / sizeof(int32_t)));
+  open_cache(options);
+  router_ = std::make_unique<Router>(
+      RouterOptions{facts.router_score == "sigmoid", facts.num_experts, facts.top_k, facts.router_renormalise,
+                    static_cast<float>(facts.router_scale)},
+      part<uint16_t>(workspace_, layout.scores, cache_->wants_scores() ? layout.scores_bytes / sizeof(uint16_t) : 0));
+  experts_step_ =
+      std::make_unique<ExpertsStep>(ExpertsStepFacts{facts.num_experts, facts.top_k, chunk()}, *cache_, lists_);
+  if (cpu_plan_) {
+    make_cpu_programs(reinterpret_cast<int32_t*>(workspace_.data() + layout.tokens),
+                      reinterpret_cast<float*>(workspace_.data() + layout.head_input));
+  }
+  if (gpu_plan_) make_device_programs();
+}
 
-  store_ = open_expert_store(artifact_.path_of("experts.bin"), experts(), io);
+void Engine::load_kernels() {
+  if (gpu_plan_) {
+    // The library runs code, so its digest comes first.
+    device_kernels_.emplace(*placement_.device, *gpu_plan_,
+                            read_verified(artifact_.directory, artifact_.manifest, placement_.gpu->library));
+  }
+  if (!cpu_plan_) return;
+  if (KernelLibrary::is_static()) {
+    kernels_ = KernelLibrary::linked(artifact_.directory, artifact_.manifest.kernel_set, placement_.cpu->name);
+    return;
+  }
+  read_verified(artifact_.directory, artifact_.manifest, placement_.cpu->library);
+  kernels_ = std::make_unique<KernelLibrary>(artifact_.path_of(placement_.cpu->library));
+}
+
+void Engine::load_device() {
+  device::Device& device = *placement_.device;
+  stream_ = device.make_stream();
+  device_recorder_.emplace(*stream_);
+  device_workspace_.emplace(device, device_workspace_sizes());
+  device_slabs_ = std::make_unique<DeviceSlabs>(device, *device_recorder_, experts().record_stride, kIoThreads);
+}
+
+void Engine::open_cache(const EngineOptions& options) {
+  store_ = open_expert_store(artifact_.path_of("experts.bin"), experts(), parse_io_mode(options.io));
   append_warning(&warning_, store_->warning());
   ExpertCacheOptions cache_options;
   cache_options.slots = budget_.slots;
   cache_options.policy = policy_;
+  cache_options.io_threads = kIoThreads;
   cache_options.log_events = options.log_events;
+  cache_options.slabs = device_slabs_.get();
   if (options.record_trace) {
     const bool scores = options.record_scores || make_policy(policy_, PolicyFacts{1, 1, 1, 1})->wants_scores();
     recorder_.emplace(trace_header(), scores);
     cache_options.recorder = &*recorder_;
   }
-  cache_ = std::make_unique<ExpertCache>(*store_, facts.top_k, cache_options);
-  router_ = std::make_unique<Router>(
-      RouterOptions{facts.router_score == "sigmoid", facts.num_experts, facts.top_k, facts.router_renormalise,
-                    static_cast<float>(facts.router_scale)},
-      part<uint16_t>(workspace_, layout.scores, cache_->wants_scores() ? layout.scores_bytes / sizeof(uint16_t) : 0));
-  const PlanExperts& names = plan_.experts;
-  ExpertsStepFacts step;
-  step.prefill = {kernels_->get(names.gate_up.prefill), kernels_->get(names.down.prefill)};
-  step.decode = {kernels_->get(names.gate_up.decode), kernels_->get(names.down.decode)};
-  step.gate_up_tiles = names.gate_up.tiles;
-  step.down_tiles = names.down.tiles;
-  step.record_bytes = artifact_.index.experts.record_bytes;
-  step.slab_dtypes = names.slab_dtypes;
-  step.experts = facts.num_experts;
-  step.top_k = facts.top_k;
-  step.chunk = chunk();
-  experts_step_ = std::make_unique<ExpertsStep>(
-      step, *cache_, *pool_, part<int32_t>(workspace_, layout.lists, layout.lists_bytes / sizeof(int32_t)));
+  cache_ = std::make_unique<ExpertCache>(*store_, model().top_k, cache_options);
+}
 
-  ProgramMemory memory;
-  for (const TensorEntry& tensor : artifact_.index.weights)
-    memory.weights.push_back(weights_.block.data() + tensor.offset);
-  memory.kv = &*kv_;
-  memory.workspace = reinterpret_cast<char*>(workspace_.data());
-  memory.input = tokens_.data();
-  memory.context = kv_rows_;
-  const ProgramServices services{kernels_.get(), router_.get(), experts_step_.get(), &cancelled_, &between_layers_};
-  prefill_ = std::make_unique<BoundProgram>(plan_.prefill, Phase::kPrefill, memory, services);
-  decode_ = std::make_unique<BoundProgram>(plan_.decode, Phase::kDecode, memory, services);
-  memory.input = head_input_.data();
-  head_ = std::make_unique<BoundProgram>(plan_.head, Phase::kDecode, memory, services);
+void Engine::make_cpu_programs(int32_t* tokens, float* head_input) {
+  const PlanExperts& names = cpu_plan_->experts;
+  const CpuExpertsFacts facts{names.gate_up.tiles, names.down.tiles, experts().record_bytes, names.slab_dtypes,
+                              model().num_experts};
+  ProgramMemory memory{&*memory_, reinterpret_cast<char*>(workspace_.data()), tokens, kv_rows_};
+  const auto services = [&](Phase phase, const std::string& gate_up, const std::string& down) {
+    std::unique_ptr<CpuExperts>& compute = cpu_experts_[static_cast<size_t>(phase)];
+    compute = std::make_unique<CpuExperts>(facts, ExpertKernelSet{kernels_->get(gate_up), kernels_->get(down)}, *pool_,
+                                           lists_);
+    return ProgramServices{kernels_.get(), router_.get(), experts_step_.get(),
+                           compute.get(),  &cancelled_,   &between_layers_};
+  };
+  if (on_cpu(Phase::kPrefill)) {
+    prefill_ = std::make_unique<BoundProgram>(cpu_plan_->prefill, Phase::kPrefill, memory,
+                                              services(Phase::kPrefill, names.gate_up.prefill, names.down.prefill));
+  }
+  if (on_cpu(Phase::kDecode)) {
+    const ProgramServices decode = services(Phase::kDecode, names.gate_up.decode, names.down.decode);
+    decode_ = std::make_unique<BoundProgram>(cpu_plan_->decode, Phase::kDecode, memory, decode);
+    memory.input = head_input;
+    head_ = std::make_unique<BoundProgram>(cpu_plan_->head, Phase::kDecode, memory, decode);
+  }
+}
+
+void Engine::make_device_programs() {
+  const PlanExperts& names = gpu_plan_->experts;
+  device::Device& device = *placement_.device;
+  const auto services = [&](Phase phase, const std::string& gate_up, const std::string& down) {
+    std::unique_ptr<DeviceExperts>& compute = device_experts_[static_cast<size_t>(phase)];
+    compute = std::make_unique<DeviceExperts>(device, *device_recorder_, *device_workspace_,
+                                              device_kernels_->get(gate_up), device_kernels_->get(down));
+    return DeviceServices{&device,       &*device_recorder_,  &*device_kernels_, &*memory_,   &*device_workspace_,
+                          router_.get(), experts_step_.get(), compute.get(),     &cancelled_, &between_layers_};
+  };
+  const device::View &tokens = device_workspace_->tokens, &hidden = device_workspace_->hidden;
+  if (!on_cpu(Phase::kPrefill)) {
+    prefill_ = std::make_unique<DeviceProgram>(gpu_plan_->prefill, Phase::kPrefill, *gpu_plan_, tokens, kv_rows_,
+                                               services(Phase::kPrefill, names.gate_up.prefill, names.down.prefill));
+  }
+  if (!on_cpu(Phase::kDecode)) {
+    const DeviceServices decode = services(Phase::kDecode, names.gate_up.decode, names.down.decode);
+    decode_ = std::make_unique<DeviceProgram>(gpu_plan_->decode, Phase::kDecode, *gpu_plan_, tokens, kv_rows_, decode);
+    head_ = std::make_unique<DeviceProgram>(gpu_plan_->head, Phase::kDecode, *gpu_plan_, hidden, kv_rows_, decode);
+  }
 }
 
 Trace Engine::trace_header() const {
@@ -183,27 +292,27 @@ Trace Engine::trace_header() const {
   return header;
 }
 
-std::span<const float> Engine::run(BoundProgram& program, int64_t n, int64_t position) {
+std::span<const float> Engine::run(Program& program, int64_t n, int64_t position) {
   program.run(n, position);
   const auto count = static_cast<uint64_t>(n) * static_cast<uint64_t>(model().hidden_size);
-  std::copy_n(static_cast<const float*>(program.output().data), count, hidden_.begin());
+  std::copy_n(static_cast<const float*>(program.output()), count, hidden_.begin());
   return hidden_.first(count);
 }
 
 std::span<const float> Engine::prefill(std::span<const int32_t> tokens, int64_t position) {
-  std::copy(tokens.begin(), tokens.end(), tokens_.begin());
+  std::copy(tokens.begin(), tokens.end(), static_cast<int32_t*>(prefill_->input()));
   return run(*prefill_, static_cast<int64_t>(tokens.size()), position);
 }
 
 std::span<const float> Engine::decode(int32_t token, int64_t position) {
-  tokens_[0] = token;
+  *static_cast<int32_t*>(decode_->input()) = token;
   return run(*decode_, 1, position);
 }
 
 std::span<float> Engine::head(std::span<const float> hidden) {
-  std::copy(hidden.begin(), hidden.end(), head_input_.begin());
+  std::copy(hidden.begin(), hidden.end(), static_cast<float*>(head_->input()));
   head_->run(1, 0);
-  return {static_cast<float*>(head_->output().data), static_cast<size_t>(model().vocab_size)};
+  return {static_cast<float*>(head_->output()), static_cast<size_t>(model().vocab_size)};
 }
 
 PhaseMetrics Engine::cache_metrics(Phase phase) const {
@@ -238,8 +347,8 @@ void Engine::set_budget(uint64_t budget_bytes, double expert_percent) {
   BudgetRequest request{budget_bytes, expert_percent, 0};
   if (budget_bytes == 0 && expert_percent == 0) {
     // What this engine holds already it need not get again.
-    if (const uint64_t available = available_memory(); available > 0)
-      request.available_bytes = available + fixed_.sum() + cache_->pool_bytes();
+    if (const uint64_t left = available(); left > 0)
+      request.available_bytes = left + fixed_.sum() + cache_->pool_bytes();
   }
   const BudgetPlan plan = this->plan(request);
   resize(plan);
@@ -303,6 +412,31 @@ EngineMemory Engine::memory() const {
         static_cast<uint64_t>(index.layers) * static_cast<uint64_t>(index.experts) * index.record_stride;
   }
   return memory;
+}
+
+std::unique_ptr<Engine> open_engine(const std::string& artifact, EngineOptions options) {
+  if (options.placement.device != "auto") return std::make_unique<Engine>(artifact, options);
+  const Manifest manifest = read_manifest(artifact);
+  std::string reasons;
+  for (const device::Kind kind : {device::Kind::kVulkan, device::Kind::kOpenCl}) {
+    options.placement.device = device::kind_name(kind);
+    const auto has = [&](const TargetEntry& target) { return target.device == options.placement.device; };
+    if (std::none_of(manifest.targets.begin(), manifest.targets.end(), has)) continue;
+    try {
+      const std::vector<device::Facts> devices = device::list_devices(kind);
+      const size_t chosen = device::choose_device(kind, devices, device::options_from_environment(kind).device);
+      // A device that is software is this CPU, by a detour.
+      if (devices[chosen].type == device::Type::kCpu) throw Error(devices[chosen].name + " is no GPU");
+      return std::make_unique<Engine>(artifact, options);
+    } catch (const Error& error) {
+      reasons += (reasons.empty() ? "" : "; ") + std::string(error.what());
+    }
+  }
+  options.placement.device = "cpu";
+  auto engine = std::make_unique<Engine>(artifact, options);
+  engine->add_warning("--device auto: running on the CPU: " +
+                      (reasons.empty() ? "the artifact has no target for a GPU" : reasons));
+  return engine;
 }
 
 }  // namespace cfmoe

@@ -1,6 +1,7 @@
 // An opened artifact: weights, kernels, expert cache, KV cache and workspace, all inside the budget.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -14,10 +15,14 @@
 #include "artifact/artifact_files.h"
 #include "cache/expert_cache.h"
 #include "engine/budget.h"
+#include "engine/cpu_experts.h"
+#include "engine/device_program.h"
+#include "engine/device_slabs.h"
 #include "engine/executor.h"
+#include "engine/model_memory.h"
+#include "engine/placement.h"
 #include "engine/sampler.h"
 #include "engine/turn_gate.h"
-#include "store/weights_file.h"
 #include "trace/trace_recorder.h"
 
 namespace cfmoe {
@@ -32,6 +37,7 @@ struct EngineOptions {
   bool log_events = false;
   bool record_trace = false;
   bool record_scores = false;  // in the trace; where the policy wants scores they are there anyway
+  PlacementOptions placement;
 };
 
 struct EngineMemory {
@@ -87,6 +93,13 @@ class Engine {
   const char* io() const { return io_mode_name(store_->mode()); }
   const std::string& policy() const { return policy_; }
   const std::string& warning() const { return warning_; }
+  // "cpu", "vulkan" or "opencl"
+  const std::string& device_of(Phase phase) const {
+    return phase == Phase::kPrefill ? placement_.prefill : placement_.decode;
+  }
+  // Of the device that is no CPU; "" where both phases run on the CPU.
+  const char* device_name() const { return placement_.device ? placement_.device->facts().name.c_str() : ""; }
+  void add_warning(const std::string& warning);
 
   ExpertCache& cache() { return *cache_; }
   const TraceRecorder* recorder() const { return recorder_ ? &*recorder_ : nullptr; }
@@ -98,17 +111,30 @@ class Engine {
   std::atomic<bool>& has_session() { return has_session_; }
 
  private:
+  void read_plans();
   void plan_memory(const EngineOptions& options);
   void load(const EngineOptions& options);
+  void load_kernels();
+  void load_device();
+  void open_cache(const EngineOptions& options);
+  void make_cpu_programs(int32_t* tokens, float* head_input);
+  void make_device_programs();
+  bool on_cpu(Phase phase) const { return device_of(phase) == "cpu"; }
+  const Plan& plan_for(Phase phase) const { return on_cpu(phase) ? *cpu_plan_ : *gpu_plan_; }
+  uint64_t programs_bytes(const std::optional<Plan>& plan, bool cpu) const;
+  DeviceWorkspaceSizes device_workspace_sizes() const;
+  uint64_t available() const;
   Trace trace_header() const;
   uint64_t budget_of(int32_t slots) const;
   BudgetPlan plan(BudgetRequest request) const;
   void resize(const BudgetPlan& plan);
   void apply_trim();
-  std::span<const float> run(BoundProgram& program, int64_t n, int64_t position);
+  std::span<const float> run(Program& program, int64_t n, int64_t position);
 
+  // What is declared first is destroyed last: programs before the memory and the kernels that they name.
   Artifact artifact_;
-  Plan plan_;
+  Placement placement_;
+  std::optional<Plan> cpu_plan_, gpu_plan_;  // where a phase runs on such a device
   uint32_t context_size_ = 0;
   int64_t kv_rows_ = 0;
   FixedParts fixed_;
@@ -116,19 +142,25 @@ class Engine {
   mutable std::mutex budget_mutex_;  // of budget_ and of the pool's size; a trim may come from another thread
   std::string policy_, warning_;
 
-  LoadedWeights weights_;
-  std::optional<KvCache> kv_;
+  std::optional<ModelMemory> memory_;
   AlignedBuffer workspace_;
+  std::unique_ptr<device::Stream> stream_;
+  std::optional<device::Recorder> device_recorder_;
+  std::optional<DeviceWorkspace> device_workspace_;
+  std::optional<DeviceKernels> device_kernels_;
+  std::unique_ptr<DeviceSlabs> device_slabs_;
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<ExpertStore> store_;
   std::optional<TraceRecorder> recorder_;
   std::unique_ptr<ExpertCache> cache_;
   std::unique_ptr<KernelLibrary> kernels_;
   std::unique_ptr<Router> router_;
+  ExpertLists lists_;
   std::unique_ptr<ExpertsStep> experts_step_;
-  std::unique_ptr<BoundProgram> prefill_, decode_, head_;
-  std::span<int32_t> tokens_;
-  std::span<float> hidden_, head_input_;
+  std::array<std::unique_ptr<CpuExperts>, 2> cpu_experts_;        // by phase
+  std::array<std::unique_ptr<DeviceExperts>, 2> device_experts_;  // by phase
+  std::unique_ptr<Program> prefill_, decode_, head_;
+  std::span<float> hidden_;
   std::span<Sampler::Candidate> candidates_;
   std::span<uint8_t> seen_;
   std::atomic<bool> cancelled_{false}, has_session_{false};
@@ -137,5 +169,9 @@ class Engine {
   std::exception_ptr trim_error_;          // of a trim at the end of a call; the next call throws it
   std::function<void()> between_layers_ = [this] { apply_trim(); };
 };
+
+// With placement.device "auto": on a GPU where the artifact and this machine have one that works, else on the CPU, with
+// a warning that says why. Throws as the constructor does.
+std::unique_ptr<Engine> open_engine(const std::string& artifact, EngineOptions options);
 
 }  // namespace cfmoe

@@ -2,16 +2,13 @@
 // kernel.
 #include "engine/executor.h"
 
-#include <string>
-
 #include "engine/dl_tensor.h"
-#include "error.h"
 
 namespace cfmoe {
 
 BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const ProgramMemory& memory,
                            const ProgramServices& services)
-    : phase_(phase), services_(services), values_{1, 0, memory.context} {
+    : phase_(phase), input_(memory.input), services_(services), values_{1, 0, memory.context} {
   size_t dimensions = 0, arguments = 0;
   for (const PlanBuffer& buffer : program.buffers) dimensions += buffer.shape.size();
   for (const PlanStep& step : program.steps) arguments += step.arguments.size();
@@ -55,17 +52,14 @@ BoundProgram::BoundProgram(const PlanProgram& program, Phase phase, const Progra
 void* BoundProgram::locate(const PlanBuffer& buffer, const ProgramMemory& memory) const {
   switch (buffer.kind) {
     case BufferKind::kInput: return memory.input;
-    case BufferKind::kWeight: return memory.weights[buffer.weight];
+    case BufferKind::kWeight: return memory.model->weights[buffer.weight].host;
     case BufferKind::kWorkspace: return memory.workspace + buffer.offset;
     case BufferKind::kKCache:
     case BufferKind::kVCache: break;
   }
   const bool k = buffer.kind == BufferKind::kKCache;
-  if (tensor_bytes(buffer.dtype, buffer.shape, values_) > (k ? memory.kv->k_bytes() : memory.kv->v_bytes())) {
-    throw Error("plan.json: a buffer of layer " + std::to_string(buffer.layer) +
-                " is larger than that layer's KV cache; compile the artifact again");
-  }
-  return k ? memory.kv->k(buffer.layer) : memory.kv->v(buffer.layer);
+  memory.model->check_kv(buffer, values_);
+  return (k ? memory.model->k : memory.model->v)[buffer.layer].host;
 }
 
 void BoundProgram::bind(const Expression& expression, int64_t* target) {
@@ -91,12 +85,13 @@ void BoundProgram::run(int64_t n, int64_t position) {
                               step.groups);
     } else {
       (*services_.between_layers)();
-      const ExpertsTensors tensors{step.activation, static_cast<const int32_t*>(step.ids->data), step.rows,
-                                   step.scratch, services_.router->kept_scores()};
+      services_.compute->bind(step.activation, step.rows, step.scratch);
+      const ExpertsCall call{static_cast<const int32_t*>(step.ids->data), services_.router->kept_scores(),
+                             step.scratch->shape[0], services_.compute};
       if (phase_ == Phase::kPrefill) {
-        services_.experts->prefill(step.layer, tensors, n, static_cast<uint64_t>(position), *services_.cancelled);
+        services_.experts->prefill(step.layer, call, n, static_cast<uint64_t>(position), *services_.cancelled);
       } else {
-        services_.experts->decode(step.layer, tensors, static_cast<uint64_t>(position));
+        services_.experts->decode(step.layer, call, static_cast<uint64_t>(position));
       }
     }
   }

@@ -1,4 +1,4 @@
-// A program of the plan, bound to memory once and run many times.
+// A program of a CPU's plan: argument arrays that kernels are called with.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -9,19 +9,19 @@
 #include <utility>
 #include <vector>
 
-#include "cache/expert_cache.h"
+#include "engine/cpu_experts.h"
 #include "engine/experts_step.h"
 #include "engine/kernel_library.h"
-#include "engine/kv_cache.h"
+#include "engine/model_memory.h"
 #include "engine/plan.h"
+#include "engine/program.h"
 #include "engine/router.h"
 
 namespace cfmoe {
 
 // Everything that a program reads and writes; it must outlive the program.
 struct ProgramMemory {
-  std::vector<void*> weights;  // by place in the index
-  const KvCache* kv = nullptr;
+  const ModelMemory* model = nullptr;
   char* workspace = nullptr;
   void* input = nullptr;  // 64-byte aligned
   int64_t context = 0;
@@ -31,20 +31,20 @@ struct ProgramServices {
   KernelLibrary* kernels = nullptr;
   Router* router = nullptr;
   ExpertsStep* experts = nullptr;
+  CpuExperts* compute = nullptr;
   const std::atomic<bool>* cancelled = nullptr;
   const std::function<void()>* between_layers = nullptr;  // called while no expert is in use
 };
 
-class BoundProgram {
+class BoundProgram final : public Program {
  public:
   BoundProgram(const PlanProgram& program, Phase phase, const ProgramMemory& memory, const ProgramServices& services);
   BoundProgram(const BoundProgram&) = delete;
   BoundProgram& operator=(const BoundProgram&) = delete;
 
-  // `n` tokens, the first at `position`; both within the plan's bounds. The caller's thread runs the serial parts; see
-  // PoolScope.
-  void run(int64_t n, int64_t position);
-  const DLTensor& output() const { return *output_; }
+  void* input() override { return input_; }
+  void run(int64_t n, int64_t position) override;
+  void* output() override { return output_->data; }
 
  private:
   struct Step {
@@ -62,6 +62,7 @@ class BoundProgram {
   void bind(const Expression& expression, int64_t* target);
 
   Phase phase_;
+  void* input_;
   ProgramServices services_;
   SymbolValues values_;
   std::vector<DLTensor> tensors_;

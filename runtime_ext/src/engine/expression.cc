@@ -64,33 +64,51 @@ bool combine(Expression::Op op, Interval a, Interval b, Interval* out) {
 Expression::Expression(int64_t constant) : terms_{{Op::kConstant, constant}}, range_{constant, constant} {}
 
 Expression Expression::parse(const JsonValue& json, const SymbolBounds& bounds) {
+  return parse_with(json, {bounds, 0, false});
+}
+
+Expression Expression::parse_grid(const JsonValue& json, uint32_t scalars) {
+  return parse_with(json, {{}, scalars, true});
+}
+
+Expression Expression::parse_with(const JsonValue& json, const Symbols& symbols) {
   Expression expression;
-  expression.range_ = expression.parse_into(json, bounds, 0);
+  expression.range_ = expression.parse_into(json, symbols, 0);
   // A run evaluates what can be evaluated once only once.
   if (expression.range_.low == expression.range_.high) return Expression(expression.range_.low);
   return expression;
 }
 
-Interval Expression::parse_into(const JsonValue& json, const SymbolBounds& bounds, int32_t depth) {
+Interval Expression::parse_symbol(const JsonValue& json, const Symbols& symbols) {
+  if (symbols.grid) {
+    std::vector<std::string> names;
+    for (uint32_t i = 0; i < symbols.scalars; ++i) names.push_back("s" + std::to_string(i));
+    const std::string name = json.choice(names);
+    terms_.push_back({Op::kScalar, std::find(names.begin(), names.end(), name) - names.begin()});
+    return {0, kMaxScalar};
+  }
+  const std::string name = json.choice({"n", "position", "context"});
+  terms_.push_back({name == "n" ? Op::kN : name == "position" ? Op::kPosition : Op::kContext, 0});
+  const SymbolBounds& bounds = symbols.bounds;
+  return name == "n" ? bounds.n : name == "position" ? bounds.position : bounds.context;
+}
+
+Interval Expression::parse_into(const JsonValue& json, const Symbols& symbols, int32_t depth) {
   if (depth > kMaxDepth || terms_.size() >= kMaxTerms) json.fail("the expression is larger than any plan needs");
   if (json.is_integer()) {
     const int64_t value = json.integer(-kMaxMagnitude, kMaxMagnitude);
     terms_.push_back({Op::kConstant, value});
     return {value, value};
   }
-  if (json.is_string()) {
-    const std::string name = json.choice({"n", "position", "context"});
-    terms_.push_back({name == "n" ? Op::kN : name == "position" ? Op::kPosition : Op::kContext, 0});
-    return name == "n" ? bounds.n : name == "position" ? bounds.position : bounds.context;
-  }
+  if (json.is_string()) return parse_symbol(json, symbols);
   if (!json.is_array() || json.array_size() != 3)
     json.fail("is no expression: expected an integer, a symbol or [op, a, b]");
   static const std::map<std::string, Op> kOps = {
       {"add", Op::kAdd},           {"sub", Op::kSub}, {"mul", Op::kMul}, {"floordiv", Op::kFloorDiv},
       {"floormod", Op::kFloorMod}, {"min", Op::kMin}, {"max", Op::kMax}};
   const Op op = kOps.at(json[0].choice({"add", "sub", "mul", "floordiv", "floormod", "min", "max"}));
-  const Interval a = parse_into(json[1], bounds, depth + 1);
-  const Interval b = parse_into(json[2], bounds, depth + 1);
+  const Interval a = parse_into(json[1], symbols, depth + 1);
+  const Interval b = parse_into(json[2], symbols, depth + 1);
   if ((op == Op::kFloorDiv || op == Op::kFloorMod) && b.low <= 0) json[2].fail("the divisor may be 0 or less");
   Interval range;
   if (!combine(op, a, b, &range)) json.fail("the value may be larger than 2^48");
@@ -108,6 +126,7 @@ int64_t Expression::evaluate(const SymbolValues& values) const {
       case Op::kN: stack[top++] = values.n; break;
       case Op::kPosition: stack[top++] = values.position; break;
       case Op::kContext: stack[top++] = values.context; break;
+      case Op::kScalar: stack[top++] = values.scalars[static_cast<size_t>(term.value)]; break;
       default: --top; stack[top - 1] = apply(term.op, stack[top - 1], stack[top]);
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "artifact/json_reader.h"
@@ -13,9 +14,10 @@ struct Interval {
 };
 
 struct SymbolValues {
-  int64_t n = 1;         // tokens in this run
-  int64_t position = 0;  // of the first of them
-  int64_t context = 0;   // rows of the KV cache
+  int64_t n = 1;                       // tokens in this run
+  int64_t position = 0;                // of the first of them
+  int64_t context = 0;                 // rows of the KV cache
+  std::span<const int32_t> scalars{};  // of a GPU kernel's call, for its grid
 };
 
 struct SymbolBounds {
@@ -24,7 +26,20 @@ struct SymbolBounds {
 
 class Expression {
  public:
-  enum class Op : uint8_t { kConstant, kN, kPosition, kContext, kAdd, kSub, kMul, kFloorDiv, kFloorMod, kMin, kMax };
+  enum class Op : uint8_t {
+    kConstant,
+    kN,
+    kPosition,
+    kContext,
+    kAdd,
+    kSub,
+    kMul,
+    kFloorDiv,
+    kFloorMod,
+    kMin,
+    kMax,
+    kScalar
+  };
 
   Expression() = default;
   explicit Expression(int64_t constant);
@@ -32,6 +47,9 @@ class Expression {
   // Throws where the text is no expression, is deeper or longer than any plan needs, or where a value of the symbols
   // within `bounds` could overflow or divide by something that is not positive.
   static Expression parse(const JsonValue& json, const SymbolBounds& bounds);
+  // An expression over s0, s1, … instead, the `scalars` arguments of a kernel, each 0 to kMaxScalar.
+  static Expression parse_grid(const JsonValue& json, uint32_t scalars);
+  static constexpr int64_t kMaxScalar = int64_t{1} << 24;
 
   // For symbols within the bounds given to parse.
   int64_t evaluate(const SymbolValues& values) const;
@@ -46,7 +64,14 @@ class Expression {
     Op op = Op::kConstant;
     int64_t value = 0;
   };
-  Interval parse_into(const JsonValue& json, const SymbolBounds& bounds, int32_t depth);
+  struct Symbols {
+    SymbolBounds bounds;
+    uint32_t scalars = 0;
+    bool grid = false;
+  };
+  static Expression parse_with(const JsonValue& json, const Symbols& symbols);
+  Interval parse_into(const JsonValue& json, const Symbols& symbols, int32_t depth);
+  Interval parse_symbol(const JsonValue& json, const Symbols& symbols);
 
   std::vector<Term> terms_;  // postfix
   Interval range_;

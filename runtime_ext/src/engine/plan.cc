@@ -76,7 +76,7 @@ uint64_t largest_bytes(DType dtype, const Shape& shape) {
 class ProgramReader {
  public:
   ProgramReader(const Plan& plan, const SymbolBounds& bounds, const Manifest& manifest, const ArtifactIndex& index)
-      : plan_(plan), bounds_(bounds), manifest_(manifest), index_(index) {}
+      : plan_(plan), bounds_(bounds), manifest_(manifest), index_(index), gpu_(!plan.kernels.empty()) {}
 
   // `input` and its dtype and last dimension, and the output's, are what the runtime hands over and takes.
   PlanProgram read(const JsonValue& json, const std::string& input, DType input_dtype, int64_t input_width,
@@ -188,6 +188,26 @@ class ProgramReader {
     return groups;
   }
 
+  // Buffers first, then scalars, as many as the kernel takes.
+  void check_gpu_call(const JsonValue& json, const PlanStep& step) const {
+    const auto found = plan_.kernels.find(step.kernel);
+    if (found == plan_.kernels.end()) json.at("kernel").fail("kernels has no such entry");
+    const device::KernelCode& code = found->second.code;
+    const JsonValue arguments = json.at("args");
+    if (step.arguments.size() != size_t{code.buffers} + code.scalars) {
+      arguments.fail("the kernel takes " + std::to_string(code.buffers) + " buffers and " +
+                     std::to_string(code.scalars) + " scalars");
+    }
+    for (size_t i = 0; i < step.arguments.size(); ++i) {
+      const PlanArgument& argument = step.arguments[i];
+      if ((argument.buffer >= 0) != (i < code.buffers)) arguments[i].fail("buffers come first, then scalars");
+      if (argument.buffer >= 0) continue;
+      const Interval range = argument.scalar.range();
+      if (range.low < 0 || range.high > Expression::kMaxScalar)
+        arguments[i].fail("may be less than 0 or more than " + std::to_string(Expression::kMaxScalar));
+    }
+  }
+
   PlanStep read_step(const JsonValue& json) const {
     const ModelFacts& model = manifest_.model;
     const auto tokens = [](int64_t n) { return n; };
@@ -204,6 +224,7 @@ class ProgramReader {
           out.scalar = Expression::parse(argument.at("scalar"), bounds_);
         }
       }
+      if (gpu_) check_gpu_call(json, step);
       return step;
     }
     step.layer = json.at("layer").int32(0, static_cast<int32_t>(model.moe_layers.size()) - 1);
@@ -234,7 +255,11 @@ class ProgramReader {
     if (width <= 0 || width * dtype_bytes(scratch.dtype) % kWorkspaceAlignment != 0) {
       json.at("scratch").fail("a row is no multiple of 64 bytes");
     }
-    expect_shape(json.at("scratch"), scratch.shape, [top_k](int64_t n) { return std::max(n, top_k); }, width);
+    // A GPU computes all experts of a layer at once.
+    const bool all = gpu_;
+    expect_shape(
+        json.at("scratch"), scratch.shape, [top_k, all](int64_t n) { return all ? n * top_k : std::max(n, top_k); },
+        width);
     return step;
   }
 
@@ -242,6 +267,7 @@ class ProgramReader {
   const SymbolBounds& bounds_;
   const Manifest& manifest_;
   const ArtifactIndex& index_;
+  const bool gpu_;
   PlanProgram program_;
 };
 
@@ -265,6 +291,56 @@ ExpertKernelNames parse_expert_kernels(const JsonValue& json, int32_t outputs) {
           json.at("tiles").int32(tiles, tiles)};
 }
 
+std::array<uint32_t, 3> parse_extent(const JsonValue& json) {
+  if (json.array_size() != 3) json.fail("expected three numbers");
+  std::array<uint32_t, 3> out;
+  for (size_t i = 0; i < 3; ++i) out[i] = static_cast<uint32_t>(json[i].int32(1, 1 << 16));
+  return out;
+}
+
+std::map<std::string, PlanKernel> parse_kernels(const JsonValue& json) {
+  constexpr size_t kMaxKernels = 4096;
+  constexpr int64_t kMaxLibrary = int64_t{1} << 30;
+  std::map<std::string, PlanKernel> kernels;
+  const std::vector<std::string> names = json.keys();
+  if (names.empty() || names.size() > kMaxKernels) json.fail("has " + std::to_string(names.size()) + " entries");
+  for (const std::string& name : names) {
+    const JsonValue entry = json.at(name);
+    PlanKernel kernel;
+    device::KernelCode& code = kernel.code;
+    code.name = name;
+    code.entry = parse_kernel_name(entry.at("entry"));
+    if (entry.at("code").array_size() != 2) entry.at("code").fail("expected [offset, bytes]");
+    code.offset = static_cast<uint64_t>(entry.at("code")[0].integer(0, kMaxLibrary));
+    code.bytes = static_cast<uint64_t>(entry.at("code")[1].integer(1, kMaxLibrary));
+    code.local = parse_extent(entry.at("local"));
+    code.buffers = static_cast<uint32_t>(entry.at("buffers").int32(1, kMaxArguments));
+    code.scalars = static_cast<uint32_t>(entry.at("scalars").int32(0, kMaxArguments));
+    for (const JsonValue& index : entry.at("writes").elements(kMaxArguments))
+      code.writes.push_back(static_cast<uint32_t>(index.int32(0, static_cast<int32_t>(code.buffers) - 1)));
+    const JsonValue grid = entry.at("grid");
+    if (grid.array_size() != 3) grid.fail("expected three expressions");
+    for (size_t i = 0; i < 3; ++i) kernel.grid[i] = Expression::parse_grid(grid[i], code.scalars);
+    kernels.emplace(name, std::move(kernel));
+  }
+  return kernels;
+}
+
+// Arguments of a GPU's expert kernels: docs/artifact-format.md.
+void check_expert_kernels(const JsonValue& json, const Plan& plan) {
+  constexpr uint32_t kBuffers = 5, kScalars = 3;
+  for (const char* section : {"gate_up", "down"}) {
+    for (const char* phase : {"prefill", "decode"}) {
+      const JsonValue name = json.at(section).at(phase);
+      const auto found = plan.kernels.find(name.string());
+      if (found == plan.kernels.end()) name.fail("kernels has no such entry");
+      if (found->second.code.buffers != kBuffers || found->second.code.scalars != kScalars)
+        name.fail("the kernel does not take 5 buffers and 3 scalars");
+    }
+  }
+  if (plan.experts.slab_dtypes.size() != 1) json.at("slab_dtypes").fail("expected one for a GPU");
+}
+
 }  // namespace
 
 int64_t dtype_bytes(DType dtype) { return kDTypes[static_cast<size_t>(dtype)].bytes; }
@@ -276,7 +352,8 @@ uint64_t tensor_bytes(DType dtype, const Shape& shape, const SymbolValues& value
   return bytes;
 }
 
-Plan parse_plan(std::string_view text, const std::string& path, const Manifest& manifest, const ArtifactIndex& index) {
+Plan parse_plan(std::string_view text, const std::string& path, const Manifest& manifest, const ArtifactIndex& index,
+                bool gpu) {
   const JsonValue json = JsonValue::parse(text, path, "compile the artifact again");
   json.at("version").int32(1, 1);
   Plan plan;
@@ -296,6 +373,11 @@ Plan parse_plan(std::string_view text, const std::string& path, const Manifest& 
   for (const JsonValue& dtype : experts.at("slab_dtypes").elements(4))
     plan.experts.slab_dtypes.push_back(parse_dtype(dtype));
   if (plan.experts.slab_dtypes.empty()) experts.at("slab_dtypes").fail("is empty");
+
+  if (gpu) {
+    plan.kernels = parse_kernels(json.at("kernels"));
+    check_expert_kernels(experts, plan);
+  }
 
   const JsonValue programs = json.at("programs");
   SymbolBounds single = plan.bounds;

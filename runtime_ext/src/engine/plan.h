@@ -1,13 +1,16 @@
 // plan.json: the ahead-of-time program of a target, checked so that running it stays inside its buffers.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "artifact/index.h"
 #include "artifact/manifest.h"
+#include "device/device.h"
 #include "engine/expression.h"
 #include "engine/router.h"
 
@@ -71,16 +74,24 @@ struct PlanExperts {
   std::vector<DType> slab_dtypes;
 };
 
+// A kernel of a GPU's library, and how many workgroups a call takes.
+struct PlanKernel {
+  device::KernelCode code;
+  std::array<Expression, 3> grid;  // over the call's scalars
+};
+
 struct Plan {
   SymbolBounds bounds;
+  std::map<std::string, PlanKernel> kernels;  // of a GPU's plan; empty for a CPU's
   int32_t hidden_size = 0;
   PlanKv kv;
   PlanExperts experts;
   PlanProgram prefill, decode, head;
 };
 
-// Throws cfmoe::Error naming `path` and the field.
-Plan parse_plan(std::string_view text, const std::string& path, const Manifest& manifest, const ArtifactIndex& index);
+// Throws cfmoe::Error naming `path` and the field. `gpu` says for what the plan must be.
+Plan parse_plan(std::string_view text, const std::string& path, const Manifest& manifest, const ArtifactIndex& index,
+                bool gpu = false);
 
 // Bytes of a compact tensor for these values.
 uint64_t tensor_bytes(DType dtype, const Shape& shape, const SymbolValues& values);

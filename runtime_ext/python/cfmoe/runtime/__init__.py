@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cfmoe.runtime._capi import library as load_library
+from cfmoe.runtime.devices import Device, devices
 from cfmoe.runtime.engine import Engine, Event, Generation, Memory, Metrics, ModelInfo, PhaseMetrics, Sampling, Session
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 from cfmoe.runtime.simulator import Counts, Semantics, Simulation, Simulator, default_policy, engine_policies, simulator_policies
@@ -13,6 +14,7 @@ __all__ = [
     "CFMoEError",
     "Cancelled",
     "Counts",
+    "Device",
     "Engine",
     "Event",
     "Generation",
@@ -28,6 +30,7 @@ __all__ = [
     "Simulator",
     "Tokenizer",
     "default_policy",
+    "devices",
     "engine_policies",
     "format_size",
     "load_library",

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cfmoe.runtime.errors import Cancelled, CFMoEError, RuntimeFault
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 OK, INTERNAL, USER, CANCELLED = 0, 1, 2, 3
 _ERROR_BYTES = 2048
 
@@ -47,6 +47,9 @@ class EngineOptions(Structure):
         ("log_events", c_int32),
         ("record_trace", c_int32),
         ("record_scores", c_int32),
+        ("device", c_char_p),
+        ("prefill_device", c_char_p),
+        ("decode_device", c_char_p),
     )
 
 
@@ -150,6 +153,9 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_engine_io": (c_char_p, [c_void_p]),
     "cfmoe_engine_policy": (c_char_p, [c_void_p]),
     "cfmoe_engine_warning": (c_char_p, [c_void_p]),
+    "cfmoe_engine_device": (c_char_p, [c_void_p, c_int]),
+    "cfmoe_engine_device_name": (c_char_p, [c_void_p]),
+    "cfmoe_devices": (c_int, [c_char_p, c_char_p, c_size_t, POINTER(c_size_t), c_char_p, c_size_t]),
     "cfmoe_session_create": (c_int, [c_void_p, POINTER(c_void_p), c_char_p, c_size_t]),
     "cfmoe_session_destroy": (None, [c_void_p]),
     "cfmoe_session_reset": (c_int, [c_void_p, c_char_p, c_size_t]),

@@ -135,6 +135,8 @@ class Engine:
     io: ``auto``, ``direct``, ``buffered`` or ``mmap``. policy: the cache policy; None for the default. log_events: keep every access.
     record_trace: keep the routing of every token, for :meth:`Session.write_trace`, in memory outside the budget; record_scores: and the
     router's scores of all experts (they are kept anyway where the policy predicts from them).
+    device: ``cpu``, ``vulkan``, ``opencl``, or ``auto``: a GPU where the artifact and this machine have one that works, else the CPU with a
+    warning. prefill_device, decode_device: of one phase alone; both phases share one copy of the experts and one KV cache.
 
     Raises CFMoEError where the artifact, the budget or an option is at fault, RuntimeFault otherwise.
     """
@@ -151,6 +153,9 @@ class Engine:
         log_events: bool = False,
         record_trace: bool = False,
         record_scores: bool = False,
+        device: str = "cpu",
+        prefill_device: str | None = None,
+        decode_device: str | None = None,
     ) -> None:
         self._handle = ctypes.c_void_p()
         self._sessions: list[Session] = []
@@ -170,6 +175,9 @@ class Engine:
         options.log_events = int(log_events)
         options.record_trace = int(record_trace)
         options.record_scores = int(record_scores)
+        options.device = device.encode()
+        options.prefill_device = prefill_device.encode() if prefill_device is not None else None
+        options.decode_device = decode_device.encode() if decode_device is not None else None
         error = _capi.ErrorText()
         error.check(lib.cfmoe_engine_open(os.fsencode(path), ctypes.byref(options), ctypes.byref(self._handle), *error.arguments))
         self._lib = lib
@@ -237,6 +245,21 @@ class Engine:
         out = _capi.ModelInfo()
         self._lib.cfmoe_engine_model(self._open_handle(), ctypes.byref(out))
         return ModelInfo(**_fields(out))
+
+    @property
+    def prefill_device(self) -> str:
+        """Where prefill runs: ``cpu``, ``vulkan`` or ``opencl``."""
+        return self._lib.cfmoe_engine_device(self._open_handle(), 0).decode()
+
+    @property
+    def decode_device(self) -> str:
+        """Where decode runs: ``cpu``, ``vulkan`` or ``opencl``."""
+        return self._lib.cfmoe_engine_device(self._open_handle(), 1).decode()
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name; empty where both phases run on the CPU."""
+        return self._lib.cfmoe_engine_device_name(self._open_handle()).decode("utf-8", "replace")
 
     @property
     def io(self) -> str:

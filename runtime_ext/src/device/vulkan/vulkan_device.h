@@ -1,0 +1,14 @@
+// Vulkan devices: see device.h.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "device/device.h"
+
+namespace cfmoe::device {
+
+std::unique_ptr<Device> open_vulkan(const OpenOptions& options);
+std::vector<Facts> list_vulkan();
+
+}  // namespace cfmoe::device

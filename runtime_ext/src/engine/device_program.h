@@ -1,0 +1,84 @@
+// A program of a GPU's plan: what lies between two steps of the host goes to the device in one submission.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/device.h"
+#include "device/recorder.h"
+#include "engine/device_experts.h"
+#include "engine/device_memory.h"
+#include "engine/model_memory.h"
+#include "engine/plan.h"
+#include "engine/program.h"
+#include "engine/router.h"
+
+namespace cfmoe {
+
+// The kernels of a plan, on a device.
+class DeviceKernels {
+ public:
+  // Compiles them all; throws cfmoe::Error naming the kernel.
+  DeviceKernels(device::Device& device, const Plan& plan, std::string_view library);
+  DeviceKernel get(const std::string& name) const;
+
+ private:
+  std::map<std::string, DeviceKernel> kernels_;
+  std::vector<std::unique_ptr<device::Kernel>> loaded_;
+};
+
+// Everything that a program works with; it must outlive the program.
+struct DeviceServices {
+  device::Device* device = nullptr;
+  device::Recorder* recorder = nullptr;
+  const DeviceKernels* kernels = nullptr;
+  const ModelMemory* model = nullptr;
+  DeviceWorkspace* workspace = nullptr;
+  Router* router = nullptr;
+  ExpertsStep* experts = nullptr;
+  DeviceExperts* compute = nullptr;  // null for a program without experts
+  const std::atomic<bool>* cancelled = nullptr;
+  const std::function<void()>* between_layers = nullptr;  // called while no expert is in use
+};
+
+class DeviceProgram final : public Program {
+ public:
+  DeviceProgram(const PlanProgram& program, Phase phase, const Plan& plan, const device::View& input, int64_t context,
+                const DeviceServices& services);
+  DeviceProgram(const DeviceProgram&) = delete;
+  DeviceProgram& operator=(const DeviceProgram&) = delete;
+
+  void* input() override { return services_.workspace->host(input_); }
+  void run(int64_t n, int64_t position) override;
+  void* output() override { return services_.workspace->host(buffers_[program_.output]); }
+
+ private:
+  struct Step {
+    DeviceKernel kernel;
+    std::unique_ptr<device::Bindings> bindings;
+    std::vector<int32_t> scalars;
+  };
+  device::View place(const PlanBuffer& buffer) const;
+  // The part of a buffer that holds this run's tokens.
+  device::View now(int32_t buffer) const;
+  void call(const PlanStep& plan, Step& step);
+  void route(const PlanStep& plan);
+  void run_experts(const PlanStep& plan);
+
+  const PlanProgram& program_;
+  Phase phase_;
+  device::View input_;
+  DeviceServices services_;
+  SymbolBounds bounds_;
+  SymbolValues values_;
+  std::vector<device::View> buffers_;  // by place in the plan, of their largest size
+  std::vector<Step> steps_;            // one per step of the plan
+};
+
+}  // namespace cfmoe
