@@ -19,10 +19,10 @@ namespace {
 constexpr size_t kErrorBytes = 2048;
 
 struct Options {
-  std::string artifact, io = "auto", policy;
+  std::string artifact, io = "auto", policy, device = "cpu", prefill_device, decode_device;
   std::vector<std::string> budgets;
   uint32_t prompt_tokens = 128, new_tokens = 64, context_size = 0;
-  int32_t threads = 0;
+  int32_t threads = 0, repeat = 1;
   bool json = false;
 };
 
@@ -88,6 +88,14 @@ Options parse(const std::vector<std::string>& arguments) {
       options.io = value;
     } else if (name == "--policy") {
       options.policy = value;
+    } else if (name == "--repeat") {
+      options.repeat = parse_integer<int32_t>(name, value, 1000);
+    } else if (name == "--device") {
+      options.device = value;
+    } else if (name == "--prefill-device") {
+      options.prefill_device = value;
+    } else if (name == "--decode-device") {
+      options.decode_device = value;
     } else {
       throw std::invalid_argument(name + " is unknown: see cfmoe-engine --help");
     }
@@ -109,6 +117,9 @@ JsonObject measure(const Options& options, const std::string& budget) {
   open.threads = options.threads;
   open.io = options.io.c_str();
   if (!options.policy.empty()) open.policy = options.policy.c_str();
+  open.device = options.device.c_str();
+  if (!options.prefill_device.empty()) open.prefill_device = options.prefill_device.c_str();
+  if (!options.decode_device.empty()) open.decode_device = options.decode_device.c_str();
   char error[kErrorBytes];
   cfmoe_engine* raw_engine = nullptr;
   check(cfmoe_engine_open(options.artifact.c_str(), &open, &raw_engine, error, sizeof(error)), error);
@@ -123,6 +134,11 @@ JsonObject measure(const Options& options, const std::string& budget) {
   for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>((31 * i + 7) % model.vocab_size);
   uint32_t count = 0;
   const int32_t no_stop = 0;
+  // The first run of a kernel is slower than all others.
+  check(cfmoe_session_generate(raw_session, prompt.data(), std::min<uint32_t>(options.prompt_tokens, 4), 2, nullptr,
+                               &no_stop, 0, nullptr, nullptr, nullptr, &count, error, sizeof(error)),
+        error);
+  check(cfmoe_session_reset(raw_session, error, sizeof(error)), error);
   check(cfmoe_session_generate(raw_session, prompt.data(), options.prompt_tokens, options.new_tokens, nullptr, &no_stop,
                                0, nullptr, nullptr, tokens.data(), &count, error, sizeof(error)),
         error);
@@ -130,6 +146,9 @@ JsonObject measure(const Options& options, const std::string& budget) {
   for (uint32_t i = 0; i < count; ++i) ids += (i == 0 ? "" : ", ") + std::to_string(tokens[i]);
   JsonObject out;
   out.add("memory_budget", budget)
+      .add("prefill_device", cfmoe_engine_device(raw_engine, 0))
+      .add("decode_device", cfmoe_engine_device(raw_engine, 1))
+      .add("device_name", cfmoe_engine_device_name(raw_engine))
       .add("io", cfmoe_engine_io(raw_engine))
       .add("policy", cfmoe_engine_policy(raw_engine))
       .add("warning", cfmoe_engine_warning(raw_engine))
@@ -166,8 +185,10 @@ int bench(const std::vector<std::string>& arguments) {
     const Options options = parse(arguments);
     if (!options.json) std::printf("        budget          experts  prefill/s   decode/s  hit rate  KiB/token\n");
     std::string results;
-    for (const std::string& budget : options.budgets)
-      results += (results.empty() ? "" : ", ") + measure(options, budget).str();
+    for (int32_t round = 0; round < options.repeat; ++round) {
+      for (const std::string& budget : options.budgets)
+        results += (results.empty() ? "" : ", ") + measure(options, budget).str();
+    }
     if (options.json) std::printf("{\"results\": [%s]}\n", results.c_str());
     return 0;
   } catch (const std::exception& error) {

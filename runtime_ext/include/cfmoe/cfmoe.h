@@ -46,8 +46,8 @@ typedef struct cfmoe_engine_options {
   int32_t log_events;    /* keep the per-access event log */
   int32_t record_trace;  /* keep the routing of every token: see cfmoe_session_write_trace. Memory outside the budget */
   int32_t record_scores; /* and the router's scores of all experts with it */
-  const char*
-      device; /* "cpu", "vulkan", "opencl"; "auto": a GPU if one works, else the CPU with a warning. NULL: cpu */
+  const char* device;    /* "cpu", "vulkan", "opencl", "metal"; "auto": a GPU if one works, else the CPU with a warning.
+                            NULL: cpu */
   const char *prefill_device, *decode_device; /* of one phase alone; NULL: `device` */
 } cfmoe_engine_options;
 
@@ -133,11 +133,12 @@ CFMOE_API size_t cfmoe_engine_residents(const cfmoe_engine* engine, uint8_t* out
 CFMOE_API const char* cfmoe_engine_io(const cfmoe_engine* engine); /* what "auto" became */
 CFMOE_API const char* cfmoe_engine_policy(const cfmoe_engine* engine);
 CFMOE_API const char* cfmoe_engine_warning(const cfmoe_engine* engine); /* "" if none; valid until the budget changes */
-/* Where a phase runs: "cpu", "vulkan" or "opencl". */
+/* Where a phase runs: "cpu", "vulkan", "opencl" or "metal". */
 CFMOE_API const char* cfmoe_engine_device(const cfmoe_engine* engine, int decode);
 CFMOE_API const char* cfmoe_engine_device_name(const cfmoe_engine* engine); /* of the GPU; "" if there is none */
-/* The devices of a kind, "vulkan" or "opencl", as a JSON array of objects: index, name, type, driver, features,
- * unified, memory_bytes. Writes `size` bytes and a NUL if they fit in `capacity`. Refuses where no driver is installed.
+/* The devices of a kind, "vulkan", "opencl" or "metal", as a JSON array of objects: index, name, type, driver,
+ * features, unified, memory_bytes. Writes `size` bytes and a NUL if they fit in `capacity`. Refuses where no driver is
+ * installed.
  */
 CFMOE_API cfmoe_status cfmoe_devices(const char* kind, char* out, size_t capacity, size_t* size, char* error,
                                      size_t error_size);

@@ -34,10 +34,13 @@ cfmoe_status cfmoe_devices(const char* kind, char* out, size_t capacity, size_t*
   return cfmoe::capi::guarded(error, error_size, [&] {
     cfmoe::capi::require(kind != nullptr && size != nullptr, "kind or size is NULL");
     const std::string name = kind;
-    if (name != "vulkan" && name != "opencl") throw cfmoe::Error("kind " + name + " is unknown: use vulkan or opencl");
+    if (name != "vulkan" && name != "opencl" && name != "metal")
+      throw cfmoe::Error("kind " + name + " is unknown: use vulkan, opencl or metal");
     std::string text = "[";
     size_t index = 0;
-    const auto of = name == "vulkan" ? cfmoe::device::Kind::kVulkan : cfmoe::device::Kind::kOpenCl;
+    const auto of = name == "vulkan"   ? cfmoe::device::Kind::kVulkan
+                    : name == "opencl" ? cfmoe::device::Kind::kOpenCl
+                                       : cfmoe::device::Kind::kMetal;
     for (const cfmoe::device::Facts& facts : cfmoe::device::list_devices(of)) {
       text += (index == 0 ? "" : ", ") + json_of(facts, index);
       ++index;

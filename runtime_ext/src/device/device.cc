@@ -17,11 +17,47 @@ std::string environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-const char* choice_variable(Kind kind) { return kind == Kind::kVulkan ? "CFMOE_VULKAN_DEVICE" : "CFMOE_OPENCL_DEVICE"; }
+const char* choice_variable(Kind kind) {
+  switch (kind) {
+    case Kind::kVulkan: return "CFMOE_VULKAN_DEVICE";
+    case Kind::kOpenCl: return "CFMOE_OPENCL_DEVICE";
+    case Kind::kMetal: break;
+  }
+  return "CFMOE_METAL_DEVICE";
+}
+
+const char* driver_hint(Kind kind) {
+  switch (kind) {
+    case Kind::kVulkan: return "install the driver of your GPU (or mesa-vulkan-drivers for a software device)";
+    case Kind::kOpenCl: return "install the driver of your GPU (or pocl-opencl-icd for a software device)";
+    case Kind::kMetal: break;
+  }
+  return "Metal needs a GPU of Apple's";
+}
+
+// In a function, for registration may come before this file's own statics.
+std::array<Backend, 3>& backends() {
+  static std::array<Backend, 3> all = {Backend{open_vulkan, list_vulkan}, Backend{open_opencl, list_opencl}, Backend{}};
+  return all;
+}
+
+const Backend& backend_of(Kind kind) {
+  const Backend& backend = backends()[static_cast<size_t>(kind)];
+  if (backend.open == nullptr)
+    throw Error(std::string("this build has no ") + kind_name(kind) + ": use --device cpu, vulkan or opencl");
+  return backend;
+}
 
 }  // namespace
 
-const char* kind_name(Kind kind) { return kind == Kind::kVulkan ? "vulkan" : "opencl"; }
+const char* kind_name(Kind kind) {
+  switch (kind) {
+    case Kind::kVulkan: return "vulkan";
+    case Kind::kOpenCl: return "opencl";
+    case Kind::kMetal: break;
+  }
+  return "metal";
+}
 
 const char* type_name(Type type) {
   switch (type) {
@@ -90,19 +126,18 @@ size_t choose_device(Kind kind, std::span<const Facts> devices, const std::strin
                 " device: choose one of " + all);
   }
   if (devices.empty()) {
-    throw Error(std::string("no ") + kind_name(kind) +
-                " device is usable here: install the driver of your GPU (or, for a software device, " +
-                (kind == Kind::kVulkan ? "mesa-vulkan-drivers" : "pocl-opencl-icd") + "), or use --device cpu");
+    throw Error(std::string("no ") + kind_name(kind) + " device is usable here: " + driver_hint(kind) +
+                ", or use --device cpu");
   }
   const auto best =
       std::min_element(devices.begin(), devices.end(), [](const Facts& a, const Facts& b) { return a.type < b.type; });
   return static_cast<size_t>(best - devices.begin());
 }
 
-std::unique_ptr<Device> open_device(Kind kind, const OpenOptions& options) {
-  return kind == Kind::kVulkan ? open_vulkan(options) : open_opencl(options);
-}
+void register_backend(Kind kind, const Backend& backend) { backends()[static_cast<size_t>(kind)] = backend; }
 
-std::vector<Facts> list_devices(Kind kind) { return kind == Kind::kVulkan ? list_vulkan() : list_opencl(); }
+std::unique_ptr<Device> open_device(Kind kind, const OpenOptions& options) { return backend_of(kind).open(options); }
+
+std::vector<Facts> list_devices(Kind kind) { return backend_of(kind).list(); }
 
 }  // namespace cfmoe::device

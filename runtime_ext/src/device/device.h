@@ -12,7 +12,7 @@
 
 namespace cfmoe::device {
 
-enum class Kind : uint8_t { kVulkan, kOpenCl };
+enum class Kind : uint8_t { kVulkan, kOpenCl, kMetal };
 const char* kind_name(Kind kind);  // as manifests and --device write it
 
 enum class Type : uint8_t { kDiscrete, kIntegrated, kCpu, kOther };
@@ -168,9 +168,17 @@ struct OpenOptions {
   bool separate = false;  // treat the device's memory as out of the host's reach
   bool validate = false;  // Vulkan: load the Khronos validation layer
 };
-// Options out of the environment: CFMOE_VULKAN_DEVICE, CFMOE_OPENCL_DEVICE, CFMOE_DEVICE_MEMORY=separate,
-// CFMOE_VULKAN_VALIDATE=1.
+// Options out of the environment: CFMOE_VULKAN_DEVICE, CFMOE_OPENCL_DEVICE, CFMOE_METAL_DEVICE,
+// CFMOE_DEVICE_MEMORY=separate, CFMOE_VULKAN_VALIDATE=1.
 OpenOptions options_from_environment(Kind kind);
+
+// How devices of a kind are opened and listed. Metal's is written in Objective-C++, built by Xcode outside of this
+// library, and registers itself.
+struct Backend {
+  std::unique_ptr<Device> (*open)(const OpenOptions& options) = nullptr;
+  std::vector<Facts> (*list)() = nullptr;
+};
+void register_backend(Kind kind, const Backend& backend);
 
 // Throws cfmoe::Error where there is no driver or no such device.
 std::unique_ptr<Device> open_device(Kind kind, const OpenOptions& options);

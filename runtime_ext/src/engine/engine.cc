@@ -418,7 +418,7 @@ std::unique_ptr<Engine> open_engine(const std::string& artifact, EngineOptions o
   if (options.placement.device != "auto") return std::make_unique<Engine>(artifact, options);
   const Manifest manifest = read_manifest(artifact);
   std::string reasons;
-  for (const device::Kind kind : {device::Kind::kVulkan, device::Kind::kOpenCl}) {
+  for (const device::Kind kind : {device::Kind::kMetal, device::Kind::kVulkan, device::Kind::kOpenCl}) {
     options.placement.device = device::kind_name(kind);
     const auto has = [&](const TargetEntry& target) { return target.device == options.placement.device; };
     if (std::none_of(manifest.targets.begin(), manifest.targets.end(), has)) continue;

@@ -10,10 +10,10 @@ namespace cfmoe {
 namespace {
 
 std::string checked(const std::string& option, const std::string& value) {
-  for (const char* known : {"cpu", "vulkan", "opencl"}) {
+  for (const char* known : {"cpu", "vulkan", "opencl", "metal"}) {
     if (value == known) return value;
   }
-  throw Error(option + " " + value + " is unknown: use cpu, vulkan or opencl" +
+  throw Error(option + " " + value + " is unknown: use cpu, vulkan, opencl or metal" +
               (option == "--device" ? ", or auto" : ""));
 }
 
@@ -82,7 +82,9 @@ Placement place(const PlacementOptions& options, const Artifact& artifact) {
   if (gpu != "cpu" && placement.decode != "cpu" && placement.decode != gpu)
     throw Error(phases + ": two drivers cannot share one copy of the experts; use one of them, or one with cpu");
   if (gpu != "cpu") {
-    const device::Kind kind = gpu == "vulkan" ? device::Kind::kVulkan : device::Kind::kOpenCl;
+    const device::Kind kind = gpu == "vulkan"   ? device::Kind::kVulkan
+                              : gpu == "opencl" ? device::Kind::kOpenCl
+                                                : device::Kind::kMetal;
     placement.device = device::open_device(kind, device::options_from_environment(kind));
     const device::Facts& facts = placement.device->facts();
     if (placement.any_cpu() && !facts.unified) {
