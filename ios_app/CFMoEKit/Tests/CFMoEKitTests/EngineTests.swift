@@ -208,6 +208,19 @@ final class EngineTests: XCTestCase {
     return (Int(text.split(separator: " ").dropFirst().first ?? "") ?? 0) * 4096
   }
 
+  func testPlacement() async throws {
+    XCTAssertTrue(Device.cpu.isUsable)
+    XCTAssertFalse(Device.metal.isUsable, "Metal on Linux?")
+    XCTAssertEqual(Placement.choices([.cpu]), [.cpu])
+    XCTAssertEqual(Placement.choices([.cpu, .metal]), [.cpu, Placement(.metal), Placement(prefill: .metal, decode: .cpu)])
+    let engine = try await engine()
+    XCTAssertEqual(try engine.placement(), .cpu)
+    XCTAssertEqual(try engine.deviceName(), "")
+    await engine.close()
+    let refused = await userError { _ = try await Engine.open(artifact: demoArtifact(), options: EngineOptions(placement: Placement(.metal))) }
+    XCTAssert(refused.contains("metal"), refused)
+  }
+
   func testTokenizer() throws {
     let tokenizer = try Tokenizer(artifact: demoArtifact())
     let text = "Größe: 5 €, 日本語 🙂 and\0nul"

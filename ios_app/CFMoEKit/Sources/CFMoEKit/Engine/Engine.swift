@@ -31,7 +31,13 @@ public final class Engine: Sendable {
     try artifact.path.withCString { path in
       try withOptionalCString(options.policy) { policy in
         c.policy = policy
-        try checked { cfmoe_engine_open(path, &c, &engine, $0, $1) }
+        try options.placement.prefill.rawValue.withCString { prefill in
+          try options.placement.decode.rawValue.withCString { decode in
+            c.prefill_device = prefill
+            c.decode_device = decode
+            try checked { cfmoe_engine_open(path, &c, &engine, $0, $1) }
+          }
+        }
       }
     }
     var info = cfmoe_model_info()
@@ -107,6 +113,18 @@ public final class Engine: Sendable {
   /// What "auto" became: direct, buffered or mmap.
   public func io() throws -> String { try withEngine { String(cString: cfmoe_engine_io($0)) } }
   public func policy() throws -> String { try withEngine { String(cString: cfmoe_engine_policy($0)) } }
+  /// Where the phases run.
+  public func placement() throws -> Placement {
+    try withEngine { engine in
+      let (prefill, decode) = (String(cString: cfmoe_engine_device(engine, 0)), String(cString: cfmoe_engine_device(engine, 1)))
+      guard let prefill = Device(rawValue: prefill), let decode = Device(rawValue: decode) else {
+        throw CFMoEError.fault("the engine runs on \(prefill) and \(decode), which this app does not know")
+      }
+      return Placement(prefill: prefill, decode: decode)
+    }
+  }
+  /// Of the GPU; empty if none is used.
+  public func deviceName() throws -> String { try withEngine { String(cString: cfmoe_engine_device_name($0)) } }
   /// What the user should know about how the artifact was opened; empty if nothing.
   public func warning() async throws -> String {
     try await calls.runBetweenTokens { [self] in try withEngine { String(cString: cfmoe_engine_warning($0)) } }

@@ -19,8 +19,45 @@ public enum MemoryBudget: Equatable, Sendable {
   }
 }
 
+/// What computes. An artifact has kernels for some of them.
+public enum Device: String, CaseIterable, Equatable, Sendable {
+  case cpu, metal, vulkan, opencl
+
+  /// Whether this machine has one that the engine can use.
+  public var isUsable: Bool {
+    if self == .cpu { return true }
+    var size = 0
+    guard (try? checked { cfmoe_devices(rawValue, nil, 0, &size, $0, $1) }) != nil else { return false }
+    return size > "[]".utf8.count
+  }
+
+  public static func usable() -> [Device] { allCases.filter(\.isUsable) }
+}
+
+/// Which device reads prompts and which writes answers; GPUs are often the better readers only.
+public struct Placement: Hashable, Sendable {
+  public var prefill: Device
+  public var decode: Device
+
+  public static let cpu = Placement(.cpu)
+
+  public init(_ device: Device) { self.init(prefill: device, decode: device) }
+
+  public init(prefill: Device, decode: Device) {
+    self.prefill = prefill
+    self.decode = decode
+  }
+
+  /// What can be chosen where there are `devices`: each alone, and each GPU as the reader of prompts.
+  public static func choices(_ devices: [Device]) -> [Placement] {
+    let readers = devices.contains(.cpu) ? devices.filter { $0 != .cpu }.map { Placement(prefill: $0, decode: .cpu) } : []
+    return devices.map { Placement($0) } + readers
+  }
+}
+
 public struct EngineOptions: Equatable, Sendable {
   public var budget: MemoryBudget
+  public var placement: Placement
   /// Tokens; 0 for the model's own, at most 4,096.
   public var contextSize: UInt32
   /// 0 for one per physical core.
@@ -28,8 +65,11 @@ public struct EngineOptions: Equatable, Sendable {
   /// nil for the engine's default.
   public var policy: String?
 
-  public init(budget: MemoryBudget = .automatic, contextSize: UInt32 = 0, threads: Int32 = 0, policy: String? = nil) {
+  public init(
+    budget: MemoryBudget = .automatic, placement: Placement = .cpu, contextSize: UInt32 = 0, threads: Int32 = 0, policy: String? = nil
+  ) {
     self.budget = budget
+    self.placement = placement
     self.contextSize = contextSize
     self.threads = threads
     self.policy = policy

@@ -4,8 +4,14 @@ import Foundation
 protocol ArtifactSource: AnyObject {
   /// Bytes of every regular file, by path.
   var files: [String: UInt64] { get }
+  /// Read in the order of these, an archive is read forward only.
+  func position(of path: String) -> UInt64
   /// Hands out a file's bytes piece by piece; at most as many as `files` says.
   func read(_ path: String, _ body: (UnsafeRawBufferPointer) throws -> Void) throws
+}
+
+extension ArtifactSource {
+  func position(of path: String) -> UInt64 { 0 }
 }
 
 /// Throws where `url` is neither a directory nor an archive that can be read.
@@ -17,8 +23,12 @@ func openSource(_ url: URL) throws -> any ArtifactSource {
   if isDirectory.boolValue { return try DirectorySource(url) }
   let file = try InputFile(url.path)
   if let zip = try ZipSource(file) { return zip }
-  if let tar = try TarSource(file) { return tar }
-  throw CFMoEError.user("\(url.lastPathComponent) is no model: choose a model's directory, or its .zip or .tar archive")
+  if let unzipped = try GzipReader(file) {
+    if let tar = try TarSource(unzipped) { return tar }
+  } else if let tar = try TarSource(file) {
+    return tar
+  }
+  throw CFMoEError.user("\(url.lastPathComponent) is no model: choose a model's directory, or its .zip, .tar or .tar.gz archive")
 }
 
 /// Only what the manifest could name: regular files, links left out.

@@ -8,8 +8,42 @@ func systemError(_ path: String, _ what: String) -> CFMoEError {
   return .user("\(path) cannot be \(what): \(String(cString: strerror(code)))")
 }
 
+/// Bytes that can be read from any offset, forward at best.
+protocol ByteReader: AnyObject {
+  /// For the line of an error.
+  var path: String { get }
+  /// No less than there are to read.
+  var size: UInt64 { get }
+  /// Fills `buffer`; throws where the bytes end before.
+  func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws
+}
+
+extension ByteReader {
+  func bytes(at offset: UInt64, count: Int) throws -> [UInt8] {
+    guard offset <= size, UInt64(count) <= size - offset else { throw endsTooSoon }
+    var out = [UInt8](repeating: 0, count: count)
+    try out.withUnsafeMutableBytes { try read(into: $0, at: offset) }
+    return out
+  }
+
+  /// Hands out `count` bytes from `offset` on, piece by piece.
+  func forEachPiece(at offset: UInt64, count: UInt64, _ body: (UnsafeRawBufferPointer) throws -> Void) throws {
+    let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(min(count, 1 << 20)), alignment: 16)
+    defer { buffer.deallocate() }
+    var done: UInt64 = 0
+    while done < count {
+      let piece = UnsafeMutableRawBufferPointer(rebasing: buffer.prefix(Int(min(count - done, UInt64(buffer.count)))))
+      try read(into: piece, at: offset + done)
+      try body(UnsafeRawBufferPointer(piece))
+      done += UInt64(piece.count)
+    }
+  }
+
+  var endsTooSoon: CFMoEError { .user("\(path) ends too soon: copy it again") }
+}
+
 /// A regular file open for reading.
-final class InputFile {
+final class InputFile: ByteReader {
   let path: String
   let size: UInt64
   private let descriptor: Int32
@@ -29,38 +63,15 @@ final class InputFile {
 
   deinit { close(descriptor) }
 
-  /// Fills `buffer`; throws where the file ends before.
   func read(into buffer: UnsafeMutableRawBufferPointer, at offset: UInt64) throws {
-    guard offset <= size, UInt64(buffer.count) <= size - offset else {
-      throw CFMoEError.user("\(path) ends too soon: copy it again")
-    }
+    guard offset <= size, UInt64(buffer.count) <= size - offset else { throw endsTooSoon }
     var done = 0
     while done < buffer.count {
       let got = pread(descriptor, buffer.baseAddress! + done, buffer.count - done, off_t(offset) + off_t(done))
       if got < 0 && errno == EINTR { continue }
       guard got >= 0 else { throw systemError(path, "read") }
-      guard got > 0 else { throw CFMoEError.user("\(path) ends too soon: copy it again") }
+      guard got > 0 else { throw endsTooSoon }
       done += got
-    }
-  }
-
-  func bytes(at offset: UInt64, count: Int) throws -> [UInt8] {
-    guard offset <= size, UInt64(count) <= size - offset else { throw CFMoEError.user("\(path) ends too soon: copy it again") }
-    var out = [UInt8](repeating: 0, count: count)
-    try out.withUnsafeMutableBytes { try read(into: $0, at: offset) }
-    return out
-  }
-
-  /// Hands out `count` bytes from `offset` on, piece by piece.
-  func forEachPiece(at offset: UInt64, count: UInt64, _ body: (UnsafeRawBufferPointer) throws -> Void) throws {
-    let buffer = UnsafeMutableRawBufferPointer.allocate(byteCount: Int(min(count, 1 << 20)), alignment: 16)
-    defer { buffer.deallocate() }
-    var done: UInt64 = 0
-    while done < count {
-      let piece = UnsafeMutableRawBufferPointer(rebasing: buffer.prefix(Int(min(count - done, UInt64(buffer.count)))))
-      try read(into: piece, at: offset + done)
-      try body(UnsafeRawBufferPointer(piece))
-      done += UInt64(piece.count)
     }
   }
 }

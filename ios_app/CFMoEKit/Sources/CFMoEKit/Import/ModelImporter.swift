@@ -23,7 +23,7 @@ public struct ModelImporter: Sendable {
 
   public init(library: ModelLibrary) { self.library = library }
 
-  /// source: a model's directory, or a .zip or .tar archive of it. `progress` is called from another thread, at most about once per MiB.
+  /// source: a model's directory, or a .zip, .tar or .tar.gz archive of it. `progress` is called from another thread, at most about once per MiB.
   /// A model that is there already is returned as it is. Cancelling the task leaves nothing behind and throws `CancellationError`.
   public func run(_ source: URL, progress: @escaping @Sendable (ImportProgress) -> Void = { _ in }) async throws -> InstalledModel {
     let cancelled = Locked(false)
@@ -92,7 +92,8 @@ private struct Import {
   private func copy(_ source: any ArtifactSource, _ prefix: String, _ manifest: Manifest, to staging: URL) throws {
     var state = ImportProgress(model: manifest.name, bytesTotal: manifest.totalBytes)
     try FileManager.default.createDirectory(at: staging, withIntermediateDirectories: false)
-    for (path, file) in manifest.files.sorted(by: { $0.key < $1.key }) {
+    let order = manifest.files.sorted { (source.position(of: prefix + $0.key), $0.key) < (source.position(of: prefix + $1.key), $1.key) }
+    for (path, file) in order {
       state.file = path
       progress(state)
       let out = staging.appendingPathComponent(path)

@@ -1,4 +1,4 @@
-// Tar archives: ustar, with the long names and large sizes of GNU tar and of pax.
+// Tar archives, also gzipped: ustar, with the long names and large sizes of GNU tar and of pax.
 import Foundation
 
 final class TarSource: ArtifactSource {
@@ -7,7 +7,7 @@ final class TarSource: ArtifactSource {
     var size: UInt64
   }
 
-  private let file: InputFile
+  private let file: any ByteReader
   private let entries: [String: Entry]
   var files: [String: UInt64] { entries.mapValues(\.size) }
 
@@ -15,7 +15,7 @@ final class TarSource: ArtifactSource {
   private static let mostHeaderBytes: UInt64 = 1 << 20
 
   /// nil where the file is no tar archive; throws where it is a damaged one.
-  init?(_ file: InputFile) throws {
+  init?(_ file: any ByteReader) throws {
     guard file.size >= Self.block, Self.hasChecksum(try file.bytes(at: 0, count: Int(Self.block))) else { return nil }
     self.file = file
     var entries: [String: Entry] = [:]
@@ -31,7 +31,7 @@ final class TarSource: ArtifactSource {
       // Records about the next one have their own size; a pax size is of the entry behind them.
       let isAbout = [UInt8(ascii: "x"), UInt8(ascii: "g"), UInt8(ascii: "L"), UInt8(ascii: "K")].contains(type)
       guard let size = (isAbout ? nil : longSize) ?? Self.number(header[124..<136]), size <= file.size - offset else {
-        throw CFMoEError.user("\(file.path) ends too soon: copy it again")
+        throw file.endsTooSoon
       }
       switch type {
       case UInt8(ascii: "x"):
@@ -59,6 +59,8 @@ final class TarSource: ArtifactSource {
     }
     self.entries = entries
   }
+
+  func position(of path: String) -> UInt64 { entries[path]?.offset ?? 0 }
 
   func read(_ path: String, _ body: (UnsafeRawBufferPointer) throws -> Void) throws {
     guard let entry = entries[path] else { throw CFMoEError.user("\(file.path) has no \(path): pack the model again") }

@@ -6,8 +6,17 @@ public struct BenchmarkReport: Equatable, Sendable, Encodable {
   /// Such as "iPhone15,2".
   public var machine: String
   public var system: String
+  public var prefillDevice: String
+  public var decodeDevice: String
   public var date: String
   public var results: [BenchmarkResult] = []
+
+  enum CodingKeys: String, CodingKey {
+    case model, machine, system
+    case prefillDevice = "prefill_device"
+    case decodeDevice = "decode_device"
+    case date, results
+  }
 
   public func json() throws -> Data {
     let encoder = JSONEncoder()

@@ -44,11 +44,12 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
   /// Measures the open model. It is closed meanwhile, for two engines would share the memory, and opened again at the end.
   public func run(_ plan: Plan = Plan()) {
     guard running == nil else { return }
-    guard let model = host.loaded?.model else { return update { $0.error = "Choose a model first." } }
+    guard let model = host.loaded?.model, let placement = host.loaded?.placement else { return update { $0.error = "Choose a model first." } }
     let date = ISO8601DateFormatter().string(from: Date())
     update { state in
       state = State(isRunning: true, total: plan.expertPercents.count)
-      state.report = BenchmarkReport(model: model.manifest.name, machine: machine, system: system, date: date)
+      state.report = BenchmarkReport(model: model.manifest.name, machine: machine, system: system, prefillDevice: placement.prefill.rawValue,
+        decodeDevice: placement.decode.rawValue, date: date)
     }
     running = Task { [weak self, host] in
       await host.unload()
@@ -56,7 +57,7 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
         let name = "\(percent.formatted())%"
         self?.update { $0.current = name }
         do {
-          let result = try await Self.measure(model, percent, name, plan)
+          let result = try await Self.measure(model, placement, percent, name, plan)
           self?.update { state in
             state.report?.results.append(result)
             state.done += 1
@@ -85,8 +86,10 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
 
   public func dismissError() { update { $0.error = nil } }
 
-  private nonisolated static func measure(_ model: InstalledModel, _ percent: Double, _ name: String, _ plan: Plan) async throws -> BenchmarkResult {
-    let engine = try await Engine.open(artifact: model.directory, options: EngineOptions(budget: .expertPercent(percent)))
+  private nonisolated static func measure(
+    _ model: InstalledModel, _ placement: Placement, _ percent: Double, _ name: String, _ plan: Plan
+  ) async throws -> BenchmarkResult {
+    let engine = try await Engine.open(artifact: model.directory, options: EngineOptions(budget: .expertPercent(percent), placement: placement))
     let result = await Swift.Result { try await measure(engine, name, plan) }
     await engine.close()
     return try result.get()

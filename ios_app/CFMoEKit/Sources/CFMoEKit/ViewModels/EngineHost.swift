@@ -5,6 +5,7 @@ import Foundation
 public struct Settings: Equatable, Sendable {
   /// nil: all experts, as far as the memory that is available goes.
   public var budgetBytes: UInt64?
+  public var placement = Placement.cpu
   public var maxNewTokens = 512
   public var sampling = Sampling.greedy
 
@@ -24,6 +25,11 @@ public final class EngineHost: ViewModel<EngineHost.State> {
   public struct Loaded: Equatable, Sendable {
     public var model: InstalledModel
     public var info: ModelInfo
+    /// On devices that this machine has and the model has kernels for.
+    public var placements: [Placement]
+    public var placement: Placement
+    /// Of the GPU; empty if none is used.
+    public var deviceName: String
     public var io: String
     public var policy: String
     /// Empty if nothing.
@@ -43,12 +49,15 @@ public final class EngineHost: ViewModel<EngineHost.State> {
 
   public var settings = Settings()
   let availableMemory: AvailableMemory
+  private let machineDevices: [Device]
   private(set) var parts: Parts?
   private var conversations = 0
   private var loads = 0
   private var observers: [@MainActor () -> Void] = []
 
-  public init(availableMemory: @escaping AvailableMemory = { nil }) {
+  /// devices: what this machine has.
+  public init(devices: [Device] = [.cpu], availableMemory: @escaping AvailableMemory = { nil }) {
+    machineDevices = devices
     self.availableMemory = availableMemory
     super.init(.empty)
   }
@@ -73,7 +82,10 @@ public final class EngineHost: ViewModel<EngineHost.State> {
     update { $0 = .loading(model: model.manifest.name) }
     await closeParts()
     do {
-      let options = EngineOptions(budget: budget())
+      let placements = Placement.choices(machineDevices.filter { model.manifest.devices.contains($0.rawValue) })
+      // What was chosen for another model may not do for this one.
+      let placement = placements.contains(settings.placement) ? settings.placement : placements.first ?? .cpu
+      let options = EngineOptions(budget: budget(), placement: placement)
       let engine = try await Engine.open(artifact: model.directory, options: options)
       guard load == loads else { return await engine.close() }
       let session = try await engine.makeSession()
@@ -84,7 +96,8 @@ public final class EngineHost: ViewModel<EngineHost.State> {
       if case .failure(let error) = text { textError = CFMoEError.line(of: error) }
       conversations += 1
       let loaded = Loaded(
-        model: model, info: engine.model, io: try engine.io(), policy: try engine.policy(), warning: try await engine.warning(),
+        model: model, info: engine.model, placements: placements, placement: try engine.placement(),
+        deviceName: try engine.deviceName(), io: try engine.io(), policy: try engine.policy(), warning: try await engine.warning(),
         textError: textError, conversation: conversations)
       guard load == loads else { return await engine.close() }
       parts = opened
@@ -93,6 +106,13 @@ public final class EngineHost: ViewModel<EngineHost.State> {
       guard load == loads else { return }
       update { $0 = .failed(CFMoEError.line(of: error)) }
     }
+  }
+
+  /// Opens the model again on other devices.
+  public func choose(_ placement: Placement) async {
+    guard let loaded, loaded.placement != placement else { return }
+    settings.placement = placement
+    await load(loaded.model)
   }
 
   public func unload() async {
