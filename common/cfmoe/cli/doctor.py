@@ -100,9 +100,26 @@ def _print(facts: dict[str, Any]) -> None:
     stdout.print()
     stdout.print(facts_table("Drivers", [(name, _driver(found)) for name, found in facts["drivers"].items()]))
     stdout.print()
+    stdout.print(facts_table("Devices", [row for kind, found in facts["devices"].items() for row in _devices(kind, found)]))
+    stdout.print()
     stdout.print(
         facts_table("Ready to", [(use, "yes" if not gap else f"no: install cfmoe[{use}]") for use, gap in facts["missing"].items()])
     )
+
+
+def _devices(kind: str, found: dict[str, Any]) -> list[tuple[str, str]]:
+    from cfmoe.runtime import format_size
+
+    if not found["found"]:
+        return [(kind, found["reason"] or "none")]
+    return [
+        (
+            f"{kind} {device['index']}",
+            f"{device['name']} ({device['type']}), {format_size(device['memory_bytes'])}, "
+            f"{'shared with the CPU' if device['unified'] else 'of its own'}; {device['driver']}; {' '.join(device['features'])}",
+        )
+        for device in found["found"]
+    ]
 
 
 def _driver(found: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, print_json, stderr
+from cfmoe.cli._common import AnyDevice, DecodeDeviceOption, DeviceOption, ForceOption, JsonOption, PrefillDeviceOption, print_json, stderr
 from cfmoe.errors import CFMoEError
 
 if TYPE_CHECKING:
@@ -23,13 +23,6 @@ class Io(StrEnum):
     direct = "direct"
     buffered = "buffered"
     mmap = "mmap"
-
-
-class Device(StrEnum):
-    """Where kernels run."""
-
-    auto = "auto"
-    cpu = "cpu"
 
 
 def run(
@@ -48,7 +41,9 @@ def run(
     ] = None,
     policy: Annotated[str | None, typer.Option("--policy", help="Cache policy. [default: learned]")] = None,
     io: Annotated[Io, typer.Option("--io", help="How expert records are read.")] = Io.auto,
-    device: Annotated[Device, typer.Option("--device", help="Where to run.")] = Device.auto,
+    device: DeviceOption = AnyDevice.cpu,
+    prefill_device: PrefillDeviceOption = None,
+    decode_device: DecodeDeviceOption = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0.0, help="Sample with this temperature. [default: greedy]")
     ] = None,
@@ -130,6 +125,9 @@ def run(
             policy=policy,
             record_trace=trace is not None,
             record_scores=trace_scores,
+            device=device,
+            prefill_device=prefill_device,
+            decode_device=decode_device,
         ) as engine,
     ):
         if engine.warning:
@@ -151,7 +149,8 @@ def run(
                 "new_tokens": len(generation.token_ids),
                 "finish_reason": generation.finish_reason,
                 "io": engine.io,
-                "device": Device.cpu.value,
+                "device": engine.placement,
+                "device_name": engine.device_name,
                 **_metrics(session.metrics),
                 "memory": asdict(engine.memory) | {"peak_rss_growth_bytes": peak.bytes},
             }
@@ -206,7 +205,7 @@ def _summarise(engine: Engine, metrics: Metrics, growth: int) -> None:
     lines = [
         "; ".join(phases),
         f"cache hit rate {metrics.decode.chr:.3f}, {memory.expert_slots} of {memory.expert_total} experts in memory "
-        f"({engine.policy}, {engine.io} I/O)",
+        f"({engine.policy}, {engine.io} I/O)" + (f", {engine.placement} on {engine.device_name}" if engine.device_name else ""),
         f"budget {format_size(memory.budget_bytes)}: weights {format_size(memory.weights_bytes)}, KV {format_size(memory.kv_bytes)}, "
         f"workspace {format_size(memory.workspace_bytes)}, experts {format_size(memory.pool_bytes + memory.arena_bytes)}; "
         f"resident memory grew by {format_size(growth)}",

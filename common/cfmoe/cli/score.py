@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import JsonOption, print_json, progress_bar
+from cfmoe.cli._common import AnyDevice, DecodeDeviceOption, DeviceOption, JsonOption, PrefillDeviceOption, print_json, progress_bar, stderr
 from cfmoe.errors import CFMoEError
 
 
@@ -22,6 +22,9 @@ def score(
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window; each starts from an empty context.")] = 512,
     memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="As for run.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="[default: one per physical core]")] = None,
+    device: DeviceOption = AnyDevice.cpu,
+    prefill_device: PrefillDeviceOption = None,
+    decode_device: DecodeDeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compute the perplexity of a text through the engine."""
@@ -38,7 +41,21 @@ def score(
     text = read_text(data, None if max_bytes is None else parse_size(max_bytes))
     ids = Tokenizer(artifact).encode(text)
     start = time.monotonic()
-    with Engine(artifact, memory_budget=memory_budget, context_size=window, threads=threads) as engine, progress_bar() as progress:
+    with (
+        Engine(
+            artifact,
+            memory_budget=memory_budget,
+            context_size=window,
+            threads=threads,
+            device=device,
+            prefill_device=prefill_device,
+            decode_device=decode_device,
+        ) as engine,
+        progress_bar() as progress,
+    ):
+        if engine.warning:
+            stderr.print(f"warning: {engine.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        placement = engine.placement
         result = perplexity(engine.session(), ids, window, engine.model.prefill_chunk, progress)
     seconds = time.monotonic() - start
     if as_json:
@@ -51,6 +68,7 @@ def score(
                 "window": window,
                 "text_bytes": len(text.encode()),
                 "text_tokens": len(ids),
+                "device": placement,
                 "seconds": round(seconds, 3),
             }
         )

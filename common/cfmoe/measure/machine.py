@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import dataclasses
 import os
 import platform
 import re
@@ -42,6 +43,7 @@ def describe() -> dict[str, Any]:
         "packages": packages,
         "missing": {use: [name for name in names if packages[name] is None] for use, names in _PACKAGES.items()},
         "drivers": {"opencl": _opencl(), "vulkan": _vulkan()},
+        "devices": {kind: _devices(kind) for kind in ("vulkan", "opencl")},
     }
 
 
@@ -119,6 +121,16 @@ def _opencl() -> dict[str, Any]:
 def _vulkan() -> dict[str, Any]:
     drivers = _names("/usr/share/vulkan/icd.d", "*.json") + _names("/etc/vulkan/icd.d", "*.json")
     return {"library": ctypes.util.find_library("vulkan"), "drivers": drivers}
+
+
+def _devices(kind: str) -> dict[str, Any]:
+    """What the runtime finds, or why it finds nothing."""
+    from cfmoe.runtime import CFMoEError, RuntimeFault, devices
+
+    try:
+        return {"found": [dataclasses.asdict(device) for device in devices(kind)], "reason": None}
+    except (CFMoEError, RuntimeFault) as error:
+        return {"found": [], "reason": str(error)}
 
 
 def _names(directory: str, pattern: str) -> list[str]:

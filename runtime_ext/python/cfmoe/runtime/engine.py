@@ -257,6 +257,12 @@ class Engine:
         return self._lib.cfmoe_engine_device(self._open_handle(), 1).decode()
 
     @property
+    def placement(self) -> str:
+        """Where both phases run; ``vulkan/cpu`` where prefill runs elsewhere than decode."""
+        prefill, decode = self.prefill_device, self.decode_device
+        return prefill if prefill == decode else f"{prefill}/{decode}"
+
+    @property
     def device_name(self) -> str:
         """The GPU's name; empty where both phases run on the CPU."""
         return self._lib.cfmoe_engine_device_name(self._open_handle()).decode("utf-8", "replace")
