@@ -56,7 +56,7 @@ class VulkanDevice:
     def upload(self, array: np.ndarray) -> DeviceBuffer:
         return DeviceBuffer(self, np.ascontiguousarray(array))
 
-    def kernel(self, code: bytes, entry: str, buffers: int, scalars: int) -> VulkanKernel:
+    def kernel(self, code: bytes, entry: str, buffers: int, scalars: int, _local: Sequence[int] = ()) -> VulkanKernel:
         return VulkanKernel(self, code, entry, buffers, scalars)
 
 

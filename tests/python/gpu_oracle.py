@@ -50,7 +50,7 @@ class GpuOracle:
         self.kernels = {}
         for name, k in self.plan["kernels"].items():
             begin, size = k["code"]
-            self.kernels[name] = device.kernel(library[begin : begin + size], k["entry"], k["buffers"], k["scalars"])
+            self.kernels[name] = device.kernel(library[begin : begin + size], k["entry"], k["buffers"], k["scalars"], k["local"])
         dense = (artifact / "weights.bin").read_bytes()
         self.weights = {w.name: device.upload(np.frombuffer(dense, np.uint8, w.size, w.offset)) for w in opened.index.weights}
         self.stride = opened.index.experts.record_stride

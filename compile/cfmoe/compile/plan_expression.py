@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cfmoe.compile.codegen import walk
+
 _OPERATORS = {
     "Add": "add",
     "Sub": "sub",
@@ -15,7 +17,6 @@ _OPERATORS = {
     "Min": "min",
     "Max": "max",
 }
-_SHIFTS = ("tirx.shift_right", "RShift")
 _LANES = 16  # positions of one block of the K cache
 
 
@@ -33,8 +34,7 @@ def expression(value: Any, symbols: Mapping[Any, str] | None = None) -> Any:
         return ["floordiv", "context", _LANES] if value.name == "blocks" else str(value.name)
     if kind in _OPERATORS:
         return [_OPERATORS[kind], expression(value.a, symbols), expression(value.b, symbols)]
-    name = str(getattr(getattr(value, "op", None), "name", "")) if kind == "Call" else kind
-    if name in _SHIFTS:
+    if kind == "RShift" or walk.operator(value) == "shift_right":
         amount, shift = value.args if kind == "Call" else (value.a, value.b)
         return ["floordiv", expression(amount, symbols), 1 << int(shift.value)]
     raise AssertionError(f"plan.json has no operation for {kind}: {value}")

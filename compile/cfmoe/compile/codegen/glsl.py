@@ -174,7 +174,7 @@ class _Writer:
     def _evaluate(self, node: Any) -> None:
         if walk.constant(node.value) is not None:
             return
-        if walk.operator(node.value) == "tirx.tvm_storage_sync":
+        if walk.operator(node.value) == "tvm_storage_sync":
             self._line("barrier();")
         else:
             self._line(self.expressions.text(node.value) + ";")

@@ -25,11 +25,11 @@ _COMPARE = {
     "GE": (">=", "greaterThanEqual"),
 }
 _OPERATORS = {
-    "tirx.shift_left": "<<",
-    "tirx.shift_right": ">>",
-    "tirx.bitwise_and": "&",
-    "tirx.bitwise_or": "|",
-    "tirx.bitwise_xor": "^",
+    "shift_left": "<<",
+    "shift_right": ">>",
+    "bitwise_and": "&",
+    "bitwise_or": "|",
+    "bitwise_xor": "^",
     "LShift": "<<",
     "RShift": ">>",
     "BitwiseAnd": "&",
@@ -364,6 +364,9 @@ class Expressions:
     def _not(self, node: Any) -> str:
         return f"(!{self.text(node.a)})"
 
+    def _bitwisenot(self, node: Any) -> str:
+        return f"(~{self.text(node.a)})"
+
     def _select(self, node: Any) -> str:
         if walk.dtype(node.condition).lanes > 1:
             return f"mix({self.text(node.false_value)}, {self.text(node.true_value)}, {self.text(node.condition)})"
@@ -397,18 +400,18 @@ class Expressions:
         name, args = walk.operator(node), list(node.args)
         if name in _OPERATORS:
             return f"({self.text(args[0])} {_OPERATORS[name]} {self.text(args[1])})"
-        if name == "tirx.bitwise_not":
+        if name == "bitwise_not":
             return f"(~{self.text(args[0])})"
-        if name in ("tirx.if_then_else",):
+        if name == "if_then_else":
             return f"({self.text(args[0])} ? {self.text(args[1])} : {self.text(args[2])})"
-        if name == "tirx.likely":
+        if name == "likely":
             return self.text(args[0])
-        if name == "tirx.reinterpret":
+        if name == "reinterpret":
             return self._reinterpret(walk.dtype(node), args[0])
-        if name in ("tirx.call_pure_extern", "tirx.call_extern"):
+        if name in ("call_pure_extern", "call_extern"):
             function, args = str(args[0].value), args[1:]
         else:
-            function = name.removeprefix("tirx.")
+            function = name
         if function in glsl_helpers.NAMES:
             return self._helper(function, args)
         plain = function if function in _FUNCTIONS else function.removesuffix("f")

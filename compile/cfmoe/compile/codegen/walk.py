@@ -7,8 +7,8 @@ from typing import Any
 
 
 def operator(call: Any) -> str:
-    """The operator's name of a call, such as tirx.exp; empty for other nodes."""
-    return str(getattr(getattr(call, "op", None), "name", "")) if type(call).__name__ == "Call" else ""
+    """The operator's name of a call without its dialect, such as exp; empty for other nodes."""
+    return str(getattr(getattr(call, "op", None), "name", "")).rpartition(".")[2] if type(call).__name__ == "Call" else ""
 
 
 def is_pointer(parameter: Any) -> bool:

@@ -115,10 +115,11 @@ def gate_up(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> ti
         product = Gemm(fmt, hidden, streams=2)
         with threads((tiles, entries, (most + i32(GEMM_ROWS - 1)) >> i32(5)), GEMM_THREADS) as ((tile, number, part), (x, y)):
             entry = _Work(work, first, number)
+            memory = product.memory()
+            values = shared("activated", GEMM_ROWS * (TILE + 1)) if fmt.quantised else None
             with when(part * i32(GEMM_ROWS) < entry.count):
                 base = let("base", entry.record + tile * i32(2 * blocks * fmt.words32))
-                values = shared("activated", GEMM_ROWS * (TILE + 1)) if fmt.quantised else None
-                gates, ups = product.emit(slab, base, activation, _gather(entry, part, rows_in, row), x, y)
+                gates, ups = product.emit(memory, slab, base, activation, _gather(entry, part, rows_in, row), x, y)
                 for r in range(QUAD):
                     place = let("place", part * i32(GEMM_ROWS) + y * i32(QUAD) + i32(r))
                     target = let("target", (entry.scratch + place) * i32(width) + tile * i32(TILE))
@@ -236,9 +237,10 @@ def down(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> tirx.
         product = Gemm(fmt, ffn)
         with threads((tiles, entries, (most + i32(GEMM_ROWS - 1)) >> i32(5)), GEMM_THREADS) as ((tile, number, part), (x, y)):
             entry = _Work(work, first, number)
+            memory = product.memory()
             with when(part * i32(GEMM_ROWS) < entry.count):
                 base = let("base", entry.record + i32(skip) + tile * i32(blocks * fmt.words32))
-                (acc,) = product.emit(slab, base, scratch, _gather(entry, part, None, lambda row: row * i32(width)), x, y)
+                (acc,) = product.emit(memory, slab, base, scratch, _gather(entry, part, None, lambda row: row * i32(width)), x, y)
                 for r in range(QUAD):
                     place = let("place", part * i32(GEMM_ROWS) + y * i32(QUAD) + i32(r))
                     with when(place < entry.count):

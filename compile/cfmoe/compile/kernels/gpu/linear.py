@@ -55,7 +55,7 @@ def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
             def row_start(row: Expr) -> Expr:
                 return T.min(part * i32(GEMM_ROWS) + row, n - i32(1)) * i32(fmt.activation_width(inputs))
 
-            (acc,) = product.emit(params["weight"], base, params["activation"], row_start, x, y)
+            (acc,) = product.emit(product.memory(), params["weight"], base, params["activation"], row_start, x, y)
             for r in range(QUAD):
                 row = let("row", part * i32(GEMM_ROWS) + y * i32(QUAD) + i32(r))
                 with when(row < n):

@@ -208,8 +208,13 @@ class Gemm:
         """Elements of a row of one block of activations in shared memory: odd, so that rows fall into different banks."""
         return 11 if self.fmt.quantised else GROUP + 1
 
+    def memory(self) -> tuple[Buffer, Buffer]:
+        """Shared memory for `emit`; OpenCL C has it declared outside of any condition."""
+        return shared("row_starts", GEMM_ROWS, "int32"), shared("staged", GEMM_ROWS * self._stride, self.fmt.activation_dtype)
+
     def emit(
         self,
+        memory: tuple[Buffer, Buffer],
         slab: Buffer,
         base: Expr,
         activation: Buffer,
@@ -221,8 +226,7 @@ class Gemm:
         fmt = self.fmt
         width = 10 if fmt.quantised else GROUP
         count = GEMM_THREADS[0] * GEMM_THREADS[1]
-        starts = shared("row_starts", GEMM_ROWS, "int32")
-        staged = shared("staged", GEMM_ROWS * self._stride, fmt.activation_dtype)
+        starts, staged = memory
         acc = [local(f"acc_{s}", QUAD * QUAD) for s in range(self.streams)]
         for buffer in acc:
             for i in range(QUAD * QUAD):
