@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jsonschema
-import pytest
 
 from support import ROOT
 
@@ -26,13 +27,22 @@ def _validator(kind: str) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": schema["$defs"]})
 
 
+@functools.cache
 def host_engine() -> Path:
-    """The program as `make test-cpp` builds it, under sanitizers where that one is there."""
+    """The program as `make test-cpp` builds it, under sanitizers where that one is there; built where none is."""
     for build in ("asan", "dev"):
         program = ROOT / "build" / build / "cfmoe-engine"
         if program.exists():
             return program
-    pytest.skip("cfmoe-engine is not built: make test-cpp")
+    folder = ROOT / "build" / "engine"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of parallel workers one builds
+        tools = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        for command in (configure, ["cmake", "--build", folder, "--target", "cfmoe_engine"]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=tools)
+    return folder / "cfmoe-engine"
 
 
 class EngineProcess:

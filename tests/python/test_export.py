@@ -301,6 +301,40 @@ def test_mlc_is_read_by_tvm(case: str, tmp_path: Path, demo_model: Path, monkeyp
     export_mlc.export_mlc(model, out, force=True)
 
 
+@pytest.mark.parametrize("case", ["deepseek_v2", "deepseek_v2-lite"])
+def test_mlc_of_latent_attention(case: str, tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+    from tvm.contrib import tvmjs
+
+    monkeypatch.setitem(ADAPTED, case, {"rope_parameters": _PLAIN_ROPE})
+    model = checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json", monkeypatch)
+    out = export_mlc.export_mlc(model, tmp_path / "mlc")
+    found, _ = tvmjs.load_tensor_cache(str(out), tvm.cpu())
+    source = load_file(model / "model.safetensors")
+    prefix = "model.layers.1.self_attn."
+    names = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *(["q_proj"] if case == "deepseek_v2-lite" else ["q_a_proj", "q_b_proj"])]
+    for name in names:
+        expected = source[f"{prefix}{name}.weight"]
+        difference = dequantised(found, f"{prefix}{name}", expected.shape[1]) - expected
+        assert np.abs(difference).max() <= np.abs(expected).max() / 13
+    # What the two parts of the up-projection give for one latent is what it gives itself.
+    latent = np.random.default_rng(0).normal(size=64)
+    whole = (source[f"{prefix}kv_b_proj.weight"] @ latent).reshape(2, 64 + 32)
+    keys, values = (found[f"{prefix}{name}"].numpy().astype(np.float64) for name in ("w_uk", "w_uv"))
+    np.testing.assert_allclose(latent @ keys, whole[:, :64], atol=1e-2)
+    np.testing.assert_allclose(values @ latent, whole[:, 64:], atol=1e-2)
+    assert {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)} == {
+        *names,
+        "w_uk",
+        "w_uv",
+        "kv_a_layernorm",
+        *(["q_a_layernorm"] if case == "deepseek_v2" else []),
+    }
+    fields = json.loads((out / "mlc-chat-config.json").read_text())["model_config"]
+    assert fields["rope_scaling"] == {"factor": 1.0}
+    assert (fields["n_routed_experts"], fields["kv_lora_rank"], fields["topk_method"]) == (8, 64, TINY[case][1]["topk_method"])
+
+
 def test_mlc_quantisation_of_a_short_group() -> None:
     words, scales = export_mlc.quantise(np.array([[-7.0, 7.0, 3.4] + [0.0] * 37]))
     assert words.shape == (1, 8)
@@ -311,9 +345,12 @@ def test_mlc_quantisation_of_a_short_group() -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("olmoe", "takes deepseek, mixtral, qwen2_moe, qwen3_moe; this is olmoe"),
+        ("gpt_oss", "gpt_oss: MLC-LLM has no model of this family; the export takes deepseek, deepseek_v2, mixtral, qwen2"),
+        ("granitemoe", "granitemoe: MLC-LLM has no model of this family"),
+        ("olmoe", "olmoe: MLC-LLM has no model of this family"),
         ("mixtral", "sliding_window is 50: the export to MLC-LLM has none"),
-        ("qwen3_moe", "rope_scaling of type 'linear': the export to MLC-LLM takes 'default' and 'llama3'"),
+        ("qwen3_moe", "rope_scaling of type 'linear': the export of qwen3_moe to MLC-LLM takes 'default' and 'llama3'"),
+        ("deepseek_v2", "rope_scaling of type 'yarn': the export of deepseek_v2 to MLC-LLM takes 'default'"),
     ],
 )
 def test_what_mlc_lacks_is_refused(case: str, message: str, tmp_path: Path, demo_model: Path) -> None:

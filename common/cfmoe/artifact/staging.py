@@ -13,6 +13,8 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from cfmoe.artifact.layout import FORMAT, MANIFEST
 from cfmoe.errors import CFMoEError, os_error
@@ -24,6 +26,7 @@ _STAGED = re.compile(r"^\.(?P<name>.+)\.cfmoe-(?P<kind>new|old)-(?P<pid>\d+)-[^-
 class StagingDirectory:
     """Owns the temporary sibling of `out`. Exactly one of `commit` and `discard` ends it.
 
+    As a context manager it is discarded where it was not committed, and an OSError inside becomes a CFMoEError that names `out`.
     Raises CFMoEError where `out` exists and may not be replaced, or where the staging directory cannot be made.
     """
 
@@ -42,6 +45,7 @@ class StagingDirectory:
         """
         self.out = Path(os.path.abspath(out))
         self._resume = resume
+        self._committed = False
         self._replaceable = functools.partial(_check_replaceable, self.out, force, recognise or _looks_like_artifact, kind)
         self._replaceable()
         self._made_parents = _make_parents(self.out.parent)
@@ -56,6 +60,15 @@ class StagingDirectory:
         self._lock: int | None = _lock(self.path)
         if resume and self._lock is None:
             raise CFMoEError(f"{self.path} is in use: another process writes {self.out}; wait for it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not self._committed:
+            self.discard()
+        if isinstance(error, OSError):
+            raise os_error(error, self.out, "write") from error
 
     def commit(self) -> None:
         """Puts the staged directory in the place of `out`, atomically if nothing is there."""
@@ -73,6 +86,7 @@ class StagingDirectory:
                 os.rename(old, self.out)
             raise os_error(error, self.out, "create") from error
         self._made_parents = []
+        self._committed = True
         self._unlock()
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)  # what stays behind is swept by the next write

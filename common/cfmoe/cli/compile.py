@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, print_json, progress_bar, split_list
-from cfmoe.errors import CFMoEError
+from cfmoe.cli._common import ForceOption, JsonOption, compiler_packages, print_summary, split_list, with_progress
 
 
 class Quant(StrEnum):
@@ -44,18 +43,13 @@ def compile_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compile a checkpoint directory into an artifact directory."""
-    import time
-
-    try:
+    with compiler_packages():
         from cfmoe.compile import compile_model
-    except ImportError as error:
-        raise CFMoEError(f"the compiler's packages are missing ({error}); install cfmoe[compile]") from error
     from cfmoe.artifact import Artifact
     from cfmoe.runtime import format_size
 
-    start = time.monotonic()
-    with progress_bar() as progress:
-        path = compile_model(
+    path, seconds = with_progress(
+        lambda progress: compile_model(
             model,
             out,
             quant=quant.value,
@@ -67,19 +61,16 @@ def compile_command(
             resume=resume,
             progress=progress,
         )
+    )
     artifact = Artifact.open(path)
-    seconds = time.monotonic() - start
     total = sum(entry.size for entry in artifact.manifest.files.values())
-    if as_json:
-        print_json(
-            {
-                "artifact": str(path),
-                "quant": quant.value,
-                "targets": sorted(artifact.manifest.targets),
-                "bytes": total,
-                "expert_bytes": artifact.expert_bytes,
-                "seconds": round(seconds, 3),
-            }
-        )
-    else:
-        print(f"{path}: {format_size(total)}, {quant.value}, {', '.join(sorted(artifact.manifest.targets))}, in {seconds:.1f} s")
+    names = sorted(artifact.manifest.targets)
+    facts = {
+        "artifact": str(path),
+        "quant": quant.value,
+        "targets": names,
+        "bytes": total,
+        "expert_bytes": artifact.expert_bytes,
+        "seconds": seconds,
+    }
+    print_summary(facts, f"{path}: {format_size(total)}, {quant.value}, {', '.join(names)}, in {seconds:.1f} s", as_json)

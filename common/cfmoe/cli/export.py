@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, print_json, progress_bar
-from cfmoe.errors import CFMoEError
+from cfmoe.cli._common import ForceOption, JsonOption, compiler_packages, print_summary, with_progress
 
 ModelArgument = Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, tokenizer.json, weights.", show_default=False)]
 
@@ -37,13 +36,10 @@ def gguf(
     as_json: JsonOption = False,
 ) -> None:
     """Write a GGUF file for llama.cpp."""
-    try:
+    with compiler_packages():
         from cfmoe.compile.export_gguf import export_gguf
-    except ImportError as error:
-        raise CFMoEError(f"the compiler's packages are missing ({error}); install cfmoe[compile]") from error
-    with progress_bar() as progress:
-        path = export_gguf(model, out, quant=quant.value, force=force, progress=progress)
-    _report({"file": str(path), "quant": quant.value, "bytes": path.stat().st_size}, as_json)
+    path, seconds = with_progress(lambda progress: export_gguf(model, out, quant=quant.value, force=force, progress=progress))
+    _report(path, quant.value, path.stat().st_size, seconds, as_json)
 
 
 @export.command("mlc")
@@ -54,20 +50,15 @@ def mlc(
     as_json: JsonOption = False,
 ) -> None:
     """Write q4f16_1 parameters and mlc-chat-config.json for MLC-LLM."""
-    try:
+    with compiler_packages():
         from cfmoe.compile.export_mlc import export_mlc
-    except ImportError as error:
-        raise CFMoEError(f"the compiler's packages are missing ({error}); install cfmoe[compile]") from error
-    with progress_bar() as progress:
-        path = export_mlc(model, out, force=force, progress=progress)
+    path, seconds = with_progress(lambda progress: export_mlc(model, out, force=force, progress=progress))
     size = sum(file.stat().st_size for file in path.iterdir())
-    _report({"file": str(path), "quant": "q4f16_1", "bytes": size}, as_json)
+    _report(path, "q4f16_1", size, seconds, as_json)
 
 
-def _report(facts: dict[str, str | int], as_json: bool) -> None:
+def _report(path: Path, quant: str, size: int, seconds: float, as_json: bool) -> None:
     from cfmoe.runtime import format_size
 
-    if as_json:
-        print_json(facts)
-    else:
-        print(f"{facts['file']}: {format_size(int(facts['bytes']))}, {facts['quant']}")
+    facts = {"file": str(path), "quant": quant, "bytes": size, "seconds": seconds}
+    print_summary(facts, f"{path}: {format_size(size)}, {quant}, in {seconds:.1f} s", as_json)

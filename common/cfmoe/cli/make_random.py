@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, print_json, progress_bar
-from cfmoe.errors import CFMoEError
+from cfmoe.cli._common import ForceOption, JsonOption, compiler_packages, print_summary, with_progress
 
 
 def make_random(
@@ -29,19 +28,12 @@ def make_random(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint of a public model's shape with random bf16 weights (gpt-oss: experts in MXFP4), for benchmarks."""
-    import time
-
-    try:
+    with compiler_packages():
         from cfmoe.compile.random_checkpoint import make_random as make
-    except ImportError as error:
-        raise CFMoEError(f"the compiler's packages are missing ({error}); install cfmoe[compile]") from error
     from cfmoe.runtime import format_size
 
-    start = time.monotonic()
-    with progress_bar() as progress:
-        facts = make(family, out, layers=layers, locality=locality, seed=seed, force=force, progress=progress)
-    seconds = time.monotonic() - start
-    if as_json:
-        print_json({"checkpoint": str(out), **facts, "seconds": round(seconds, 3)})
-    else:
-        print(f"{out}: {facts['parameters'] / 1e9:.2f} billion parameters, {format_size(facts['bytes'])}, in {seconds:.1f} s")
+    facts, seconds = with_progress(
+        lambda progress: make(family, out, layers=layers, locality=locality, seed=seed, force=force, progress=progress)
+    )
+    line = f"{out}: {facts['parameters'] / 1e9:.2f} billion parameters, {format_size(facts['bytes'])}, in {seconds:.1f} s"
+    print_summary({"checkpoint": str(out), **facts, "seconds": seconds}, line, as_json)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from cfmoe.artifact import Artifact
 from cfmoe.errors import os_error
-from cfmoe.measure.bandwidth import file_speed, memory_bandwidth
+from cfmoe.measure.bandwidth import file_speed
 from cfmoe.measure.machine import cpu
 from cfmoe.planner.cost import Compute, predict
-from cfmoe.planner.devices import DeviceProfile, measured_profile
+from cfmoe.planner.devices import KERNEL_EFFICIENCY, DeviceProfile, measured_profile
 from cfmoe.planner.footprint import Footprint, of_engine
 from cfmoe.runtime import Engine, PhaseMetrics, Simulator
 from cfmoe.trace import Trace
@@ -43,8 +43,9 @@ def calibrate(
         raise os_error(error, path, "measure the storage with") from error
     if progress is not None:
         progress("calibrating", _ROUNDS, _ROUNDS)
-    # The memory's bandwidth is in the computing times already.
-    device = replace(measured_profile(cpu(), memory_bandwidth(1, repeat=1), storage), source=f"measured at {path}")
+    # The memory's bandwidth as the roofline has it: what decoding read per second, were all of its time reading.
+    memory = runs.footprint.active_bytes / runs.decode_s / KERNEL_EFFICIENCY
+    device = replace(measured_profile(cpu(), memory, storage), source=f"measured at {path}")
     return runs.footprint, runs.compute(device), device
 
 
@@ -83,9 +84,14 @@ class _Runs:
                 self._trace = Trace.read(trace)
             return session.metrics.prefill, session.metrics.decode
 
+    @property
+    def decode_s(self) -> float:
+        """Seconds of a decoded token with everything in memory, as far as it was not waiting for storage."""
+        return statistics.median(self._full)
+
     def compute(self, device: DeviceProfile) -> Compute:
         """The processor's cost of a miss is what the small cache took beyond the model's prediction without it."""
-        without = Compute(statistics.median(self._full), statistics.median(self._prefill), 0.0, measured=True)
+        without = Compute(self.decode_s, statistics.median(self._prefill), 0.0, measured=True)
         with Simulator(self._trace) as simulator:
             speed = predict(simulator.run(self._policy, self._slots), self._trace, self.footprint, without, device)
         misses = speed.bytes_per_token / self.footprint.record_bytes

@@ -56,7 +56,7 @@ class DeviceProfile:
 
 # What the expert kernels reach of plain reading (docs/performance.md), what a layer of small kernels costs beside, and what a missing
 # expert costs in waking threads; of this machine's order, for devices that nobody calibrated.
-_KERNEL_EFFICIENCY, _LAYER_OVERHEAD_S, _MISS_OVERHEAD_S = 0.85, 20e-6, 30e-6
+KERNEL_EFFICIENCY, _LAYER_OVERHEAD_S, _MISS_OVERHEAD_S = 0.85, 20e-6, 30e-6
 
 
 def measured_profile(cpu: dict[str, Any], memory_bytes_per_s: float, storage: StorageSpeed) -> DeviceProfile:
@@ -66,7 +66,7 @@ def measured_profile(cpu: dict[str, Any], memory_bytes_per_s: float, storage: St
         f"{cpu['name']}, {cpu['usable_cpus']} CPUs",
         source,
         memory_bytes_per_s,
-        _KERNEL_EFFICIENCY,
+        KERNEL_EFFICIENCY,
         _LAYER_OVERHEAD_S,
         _MISS_OVERHEAD_S,
         storage.latency_s,

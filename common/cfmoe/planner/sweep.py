@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmoe.artifact.staging import StagingDirectory
-from cfmoe.errors import CFMoEError, os_error
+from cfmoe.errors import CFMoEError
 from cfmoe.planner.cost import Speed, predict, roofline
 from cfmoe.planner.devices import DeviceProfile
 from cfmoe.planner.footprint import Footprint
@@ -131,14 +131,13 @@ def write_results(out: Path, rows: Sequence[Row], trace: Trace, facts: dict[str,
     by_policy: dict[str, list[Row]] = {}
     for row in rows:
         by_policy.setdefault(row.simulation.policy, []).append(row)
-    staging = StagingDirectory(out, force)
-    try:
+    with StagingDirectory(out, force) as staging:
         table = io.StringIO()
         writer = csv.DictWriter(table, list(results[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
-        _write(staging.path / "results.csv", table.getvalue())
-        _write(staging.path / "results.json", json.dumps(facts | {"results": results}, indent=2) + "\n")
+        (staging.path / "results.csv").write_text(table.getvalue(), "utf-8")
+        (staging.path / "results.json").write_text(json.dumps(facts | {"results": results}, indent=2) + "\n", "utf-8")
         phase = "decode" if rows[0].simulation.decode.accesses else "prefill"
         lines(
             staging.path / "chr.png",
@@ -172,14 +171,4 @@ def write_results(out: Path, rows: Sequence[Row], trace: Trace, facts: dict[str,
                 "tokens per second",
             )
         staging.commit()
-    except BaseException:
-        staging.discard()
-        raise
     return out
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise os_error(error, path, "write") from error

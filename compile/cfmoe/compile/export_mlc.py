@@ -14,20 +14,20 @@ import numpy as np
 from cfmoe.artifact.chat import render
 from cfmoe.artifact.staging import StagingDirectory
 from cfmoe.compile.checkpoint import Checkpoint, read_json
-from cfmoe.compile.decoder_config import DecoderConfig
+from cfmoe.compile.decoder_config import DecoderConfig, LatentAttention
 from cfmoe.compile.expert_weights import read_expert
 from cfmoe.compile.families import resolve
 from cfmoe.compile.families.base import WeightNames
 from cfmoe.compile.mlc_config import mlc_chat_config
-from cfmoe.errors import CFMoEError, os_error
+from cfmoe.errors import CFMoEError
 
 Progress = Callable[[str, int, int], None]
 
 _GROUP = 32
 _SHARD_BYTES = 32 << 20
 _TABLE = "tensor-cache.json"
-# MLC-LLM's names for the fused projection of queries, keys and values.
-_QKV = {"deepseek": "wqkv_pack", "mixtral": "qkv_proj", "qwen2_moe": "c_attn", "qwen3_moe": "c_attn"}
+# MLC-LLM's names for the fused projection of queries, keys and values; latent attention has none.
+_QKV = {"deepseek": "wqkv_pack", "deepseek_v2": "", "mixtral": "qkv_proj", "qwen2_moe": "c_attn", "qwen3_moe": "c_attn"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -81,13 +81,37 @@ class _Parameters:
         return self._read(name, *shape).astype(np.float16)
 
     def _attention(self, layer: int, to: str) -> Iterator[tuple[str, np.ndarray]]:
-        c, prefix, fused = self.c, self.names.attention.format(l=layer), _QKV[self.c.family]
+        prefix = self.names.attention.format(l=layer)
+        yield from self._latent(self.c.latent, prefix, to) if self.c.latent else self._heads(prefix, to)
+        yield from _quantised(f"{to}o_proj", self._read(f"{prefix}o_proj.weight", self.c.hidden_size, self.c.num_heads * self.c.value_dim))
+
+    def _latent(self, m: LatentAttention, prefix: str, to: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The up-projection twice: as one matrix for prompts, and in fp16 its two parts for each head, the one of keys transposed."""
+        c = self.c
+        matrices = {"kv_a_proj_with_mqa": (m.kv_rank + m.rope, c.hidden_size)}
+        norms = {"kv_a_layernorm": m.kv_rank}
+        if m.q_rank:
+            matrices |= {"q_a_proj": (m.q_rank, c.hidden_size), "q_b_proj": (c.num_heads * c.head_dim, m.q_rank)}
+            norms |= {"q_a_layernorm": m.q_rank}
+        else:
+            matrices |= {"q_proj": (c.num_heads * c.head_dim, c.hidden_size)}
+        for name, shape in matrices.items():
+            yield from _quantised(f"{to}{name}", self._read(f"{prefix}{name}.weight", *shape))
+        for name, width in norms.items():
+            yield f"{to}{name}.weight", self._half(f"{prefix}{name}.weight", width)
+        up = self._read(f"{prefix}kv_b_proj.weight", c.num_heads * (m.nope + m.value), m.kv_rank)
+        yield from _quantised(f"{to}kv_b_proj", up)
+        heads = up.reshape(c.num_heads, m.nope + m.value, m.kv_rank).astype(np.float16)
+        yield f"{to}w_uk", heads[:, : m.nope].transpose(0, 2, 1)
+        yield f"{to}w_uv", heads[:, m.nope :]
+
+    def _heads(self, prefix: str, to: str) -> Iterator[tuple[str, np.ndarray]]:
+        c, fused = self.c, _QKV[self.c.family]
         heads = (("q_proj", c.num_heads), ("k_proj", c.num_kv_heads), ("v_proj", c.num_kv_heads))
         parts = [self._read(f"{prefix}{name}.weight", n * c.head_dim, c.hidden_size) for name, n in heads]
         yield from _quantised(f"{to}{fused}", np.concatenate(parts))
         if c.qkv_bias:
             yield f"{to}{fused}.bias", np.concatenate([self._half(f"{prefix}{name}.bias", n * c.head_dim) for name, n in heads])
-        yield from _quantised(f"{to}o_proj", self._read(f"{prefix}o_proj.weight", c.hidden_size, c.num_heads * c.head_dim))
         if c.qk_norm == "head":
             for name in ("q_norm", "k_norm"):
                 yield f"{to}{name}.weight", self._half(f"{prefix}{name}.weight", c.head_dim)
@@ -106,7 +130,7 @@ class _Parameters:
             yield f"{to}{name}.q_weight", np.stack([words for words, _ in stack])
             yield f"{to}{name}.q_scale", np.stack([scales for _, scales in stack])
         if c.shared_ffn_size:
-            shared = "shared_experts" if c.family == "deepseek" else "shared_expert"
+            shared = "shared_experts" if c.family.startswith("deepseek") else "shared_expert"
             yield from self._feed_forward(names.shared, layer, c.shared_ffn_size, f"{to}{shared}.")
             if c.shared_gate:
                 yield f"{to}shared_expert_gate.weight", self._half(names.shared_gate.format(l=layer), 1, c.hidden_size)
@@ -221,14 +245,44 @@ def _chat_config(model: Path, config: DecoderConfig, raw: dict[str, Any]) -> dic
         special |= {name: text} if isinstance(text, str) else {}
     fields = {key: value for key, value in raw.items() if key not in ("rope_parameters", "num_local_experts")}
     # MLC-LLM reads the number of experts and the base under these names.
-    count = {"deepseek": "n_routed_experts", "mixtral": "num_local_experts"}.get(config.family, "num_experts")
+    count = {"deepseek": "n_routed_experts", "deepseek_v2": "n_routed_experts", "mixtral": "num_local_experts"}.get(
+        config.family, "num_experts"
+    )
     fields |= {count: config.num_experts, "rope_theta": config.rope.theta, "head_dim": config.head_dim}
+    if config.latent:
+        # MLC-LLM has no defaults for these, and looks into rope_scaling whatever the type.
+        given = {"scoring_func": "softmax", "topk_method": "greedy", "n_group": 1, "topk_group": 1, "moe_layer_freq": 1}
+        given |= {"first_k_dense_replace": 0, "norm_topk_prob": False, "attention_bias": False, "routed_scaling_factor": 1.0}
+        fields = given | fields | {"rope_scaling": {"factor": 1.0}}
     fields |= {"context_window_size": config.context_size, "prefill_chunk_size": 2048, "tensor_parallel_shards": 1}
     return chat | {
         "quantization": "q4f16_1",
         "model_config": fields,
         "conv_template": conversation(template if isinstance(template, str) else None, special, list(config.eos_token_ids)),
     }
+
+
+def _check(c: DecoderConfig) -> None:
+    """Refuses what MLC-LLM has no model of, or would compute in another way."""
+    # Its YaRN takes the ends of the ramp from an element's place instead of the head's width.
+    ropes = ("default",) if c.latent else ("default", "llama3")
+    refusals = (
+        (c.family not in _QKV, f"{c.family}: MLC-LLM has no model of this family; the export takes {', '.join(sorted(_QKV))}"),
+        (
+            c.rope.kind not in ropes,
+            f"rope_scaling of type {c.rope.kind!r}: the export of {c.family} to MLC-LLM takes {' and '.join(map(repr, ropes))}",
+        ),
+        (any(c.windows), f"sliding_window is {max(c.windows, default=0)}: the export to MLC-LLM has none; set it to null"),
+        (
+            c.family in ("qwen2_moe", "qwen3_moe") and len(c.moe_layers) < c.num_layers,
+            f"mlp_only_layers: MLC-LLM's {c.family} has experts in every layer",
+        ),
+        (c.latent is not None and c.tie_embeddings, f"tie_word_embeddings is true: MLC-LLM's {c.family} has a head of its own"),
+        (c.latent is not None and not c.shared_ffn_size, f"n_shared_experts: MLC-LLM's {c.family} has shared experts always"),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise CFMoEError(reason)
 
 
 def export_mlc(model: Path, out: Path, *, force: bool = False, progress: Progress = lambda _what, _done, _total: None) -> Path:
@@ -238,17 +292,8 @@ def export_mlc(model: Path, out: Path, *, force: bool = False, progress: Progres
     """
     checkpoint = Checkpoint(model)
     config, names = resolve(checkpoint.config, str(model / "config.json"))
-    if config.family not in _QKV:
-        raise CFMoEError(f"{model}: the export to MLC-LLM takes {', '.join(sorted(_QKV))}; this is {config.family}")
-    if config.rope.kind not in ("default", "llama3"):
-        raise CFMoEError(f"{model}: rope_scaling of type {config.rope.kind!r}: the export to MLC-LLM takes 'default' and 'llama3'")
-    if any(config.windows):
-        raise CFMoEError(f"{model}: sliding_window is {config.windows[0]}: the export to MLC-LLM has none; set it to null")
-    if config.family in ("qwen2_moe", "qwen3_moe") and len(config.moe_layers) < config.num_layers:
-        raise CFMoEError(f"{model}: mlp_only_layers: MLC-LLM's {config.family} has experts in every layer")
-    staging = StagingDirectory(out, force, recognise=lambda path: (path / _TABLE).is_file(), kind="exports to MLC-LLM")
-    finished = False
-    try:
+    _check(config)
+    with StagingDirectory(out, force, recognise=lambda path: (path / _TABLE).is_file(), kind="exports to MLC-LLM") as staging:
         shards = _Shards(staging.path)
         done = 0
         for name, array in _Parameters(checkpoint, config, names):
@@ -273,10 +318,4 @@ def export_mlc(model: Path, out: Path, *, force: bool = False, progress: Progres
         for file in chat["tokenizer_files"]:
             shutil.copy(model / file, staging.path / file)
         staging.commit()
-        finished = True
-    except OSError as error:
-        raise os_error(error, out, "write") from error
-    finally:
-        if not finished:
-            staging.discard()
     return out

@@ -19,7 +19,7 @@ from cfmoe.compile.decoder_config import DecoderConfig, LatentAttention
 from cfmoe.compile.families import FAMILIES, resolve
 from cfmoe.compile.families.base import WeightNames
 from cfmoe.compile.named_configs import CONFIGS
-from cfmoe.errors import CFMoEError, os_error
+from cfmoe.errors import CFMoEError
 
 Progress = Callable[[str, int, int], None]
 
@@ -265,9 +265,7 @@ def make_random(
     packed = FAMILIES[config["model_type"]].packed_weights is not None and "quantization_config" in config
     every = list(tensors(decoder, names, packed))
     total = sum(tensor.bytes for tensor in every)
-    staging = StagingDirectory(out, force, recognise=lambda path: (path / _FACTS).is_file(), kind="random checkpoints")
-    finished = False
-    try:
+    with StagingDirectory(out, force, recognise=lambda path: (path / _FACTS).is_file(), kind="random checkpoints") as staging:
         free = shutil.disk_usage(staging.path).free
         if free < total + (64 << 20):
             raise CFMoEError(f"{out}: {total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; use --layers, or another place")
@@ -283,12 +281,6 @@ def make_random(
         for file, value in (("config.json", config), ("tokenizer.json", tokenizer_json(decoder.vocab_size)), (_FACTS, facts)):
             (staging.path / file).write_text(json.dumps(value, indent=None if file == "tokenizer.json" else 2) + "\n")
         staging.commit()
-        finished = True
-    except OSError as error:
-        raise os_error(error, out, "write") from error
-    finally:
-        if not finished:
-            staging.discard()
     return facts
 
 
