@@ -3,9 +3,12 @@
 
 #include <doctest/doctest.h>
 
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
+
+#include "engine/exponential.h"
 
 namespace cfmoe {
 namespace {
@@ -86,6 +89,16 @@ TEST_CASE("large scores stay finite and what is no number comes last, with valid
   const float nan = std::numeric_limits<float>::quiet_NaN();
   CHECK(route({false, 4, 4, false, 1.0F}, {nan, 1, nan, 2}, 1, 4).ids == std::vector<int32_t>{3, 1, 0, 2});
   CHECK(route({true, 3, 2, false, 1.0F}, {nan, nan, nan}, 1, 3).ids == std::vector<int32_t>{0, 1});
+}
+
+TEST_CASE("the exponential is exact to the last bits and has its limits") {
+  for (double x = -708; x <= 709; x += 0.37) CHECK(exponential(x) == doctest::Approx(std::exp(x)).epsilon(4e-16));
+  CHECK(exponential(0.0) == 1.0);
+  CHECK(exponential(-709.0) == 0.0);
+  CHECK(std::isinf(exponential(710.0)));
+  CHECK(std::isnan(exponential(std::numeric_limits<double>::quiet_NaN())));
+  // One value to the bit: it must not depend on the compiler.
+  CHECK(std::bit_cast<uint64_t>(exponential(-1.5)) == 0x3fcc8f87724b5c1dU);
 }
 
 }  // namespace cfmoe

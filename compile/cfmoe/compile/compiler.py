@@ -23,7 +23,7 @@ from cfmoe.compile.decoder import Decoder
 from cfmoe.compile.decoder_config import PRESETS, DecoderConfig, Quantisation
 from cfmoe.compile.families import resolve
 from cfmoe.compile.kernels import expert
-from cfmoe.compile.kernels.builder import TILE
+from cfmoe.compile.kernels.builder import TILE, multiply_adds
 from cfmoe.compile.mlc_config import mlc_chat_config
 from cfmoe.compile.passes import pipeline
 from cfmoe.compile.passes.lower_to_kernels import LowerToKernels
@@ -41,14 +41,15 @@ def lower(
 ) -> tuple[tvm.IRModule, list[str]]:
     """The lowered module, expert kernels included, and the weights' names in argument order."""
     mod, parameters = Decoder(config, quantisation).export()
-    mod = pipeline.run(mod, LowerToKernels(target.simd), plan.symbol_bounds(config, chunk), dump_ir)
     shape = expert.ExpertShape(
         quantisation["expert"], config.hidden_size, config.expert_ffn_size, bias=config.expert_bias, swiglu=config.expert_swiglu
     )
-    for phase in ("prefill", "decode"):
-        for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):
-            name = f"expert_{part}_{phase}"
-            mod[name] = emit(name, target.simd, shape, phase == "decode")
+    with multiply_adds(target.simd.fused):
+        mod = pipeline.run(mod, LowerToKernels(target.simd), plan.symbol_bounds(config, chunk), dump_ir)
+        for phase in ("prefill", "decode"):
+            for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):
+                name = f"expert_{part}_{phase}"
+                mod[name] = emit(name, target.simd, shape, phase == "decode")
     if dump_ir is not None:
         (dump_ir / "99_kernels.py").write_text(kernels_of(mod).script())
     return mod, [name for name, _ in parameters]

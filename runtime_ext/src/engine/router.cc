@@ -6,6 +6,8 @@
 #include <limits>
 #include <numeric>
 
+#include "engine/exponential.h"
+
 namespace cfmoe {
 namespace {
 
@@ -32,13 +34,13 @@ void Router::keep(int64_t token) {
 void Router::score(const float* logits) {
   const int32_t experts = options_.experts;
   if (options_.sigmoid) {
-    for (int32_t e = 0; e < experts; ++e) scores_[e] = 1.0F / (1.0F + std::exp(-logits[e]));
+    for (int32_t e = 0; e < experts; ++e) scores_[e] = 1.0F / (1.0F + exponential(-logits[e]));
   } else {
     float largest = -std::numeric_limits<float>::infinity();
     for (int32_t e = 0; e < experts; ++e) largest = logits[e] > largest ? logits[e] : largest;
     float sum = 0.0F;
     for (int32_t e = 0; e < experts; ++e) {
-      scores_[e] = std::exp(logits[e] - largest);
+      scores_[e] = exponential(logits[e] - largest);
       if (!std::isnan(scores_[e])) sum += scores_[e];
     }
     for (int32_t e = 0; e < experts; ++e) scores_[e] /= sum;

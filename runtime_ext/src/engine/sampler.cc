@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "engine/exponential.h"
 #include "error.h"
 
 namespace cfmoe {
@@ -102,7 +103,7 @@ int32_t Sampler::draw(std::span<Candidate> chosen) {
   if (std::isinf(top.logit)) return top.id;
   const double inverse = 1.0 / static_cast<double>(options_.temperature);
   const auto weight = [&](const Candidate& c) {
-    return std::exp((static_cast<double>(c.logit) - static_cast<double>(top.logit)) * inverse);
+    return exponential((static_cast<double>(c.logit) - static_cast<double>(top.logit)) * inverse);
   };
   double total = 0;
   for (const Candidate& c : chosen) total += weight(c);

@@ -12,6 +12,7 @@ from cfmoe.compile.kernels.builder import (
     absolute,
     build,
     f32,
+    fma,
     i64,
     let,
     load,
@@ -20,6 +21,7 @@ from cfmoe.compile.kernels.builder import (
     reduce_sum,
     reduce_sum_int,
     rint,
+    rounded,
     sigmoid,
     silu,
     splat,
@@ -68,8 +70,8 @@ def _inverse_rms(x: Buffer, row: Expr, width: int, eps: float) -> Expr:
     store(acc, splat(f32(0.0), lanes), i64(0), lanes=lanes)
     with loop(width // lanes) as j:
         v = let(load(x, row, j * i64(lanes), lanes=lanes))
-        store(acc, load(acc, i64(0), lanes=lanes) + v * v, i64(0), lanes=lanes)
-    mean = reduce_sum(load(acc, i64(0), lanes=lanes)) / f32(float(width))
+        store(acc, fma(v, v, load(acc, i64(0), lanes=lanes), lanes), i64(0), lanes=lanes)
+    mean = rounded(reduce_sum(load(acc, i64(0), lanes=lanes)) / f32(float(width)), 1)
     return let(f32(1.0) / T.sqrt(mean + f32(eps)))
 
 
@@ -137,7 +139,7 @@ def gated_add(name: str, rows: int | None, width: int, gate_width: int) -> tirx.
             weight = let(sigmoid(gate[i, i64(0)], 1))
             with loop(width // WIDE) as j:
                 at = let(j * i64(WIDE))
-                value = load(residual, i, at, lanes=WIDE) + splat(weight, WIDE) * load(x, i, at, lanes=WIDE)
+                value = fma(splat(weight, WIDE), load(x, i, at, lanes=WIDE), load(residual, i, at, lanes=WIDE), WIDE)
                 store(out, value, i, at, lanes=WIDE)
 
     return build(name, {}, body)
@@ -160,7 +162,7 @@ def combine(name: str, rows: int | None, width: int, top_k: int) -> tirx.PrimFun
             value = let(load(residual, i, at, lanes=WIDE))
             for k in range(top_k):
                 row = load(expert_rows, i * i64(top_k) + i64(k), at, lanes=WIDE)
-                value = let(value + splat(weights[i, i64(k)], WIDE) * row)
+                value = let(fma(splat(weights[i, i64(k)], WIDE), row, value, WIDE))
             store(out, value, i, at, lanes=WIDE)
 
     return build(name, {}, body)

@@ -16,6 +16,7 @@ from cfmoe.compile.kernels.builder import (
     build,
     exp,
     f32,
+    fma,
     i64,
     let,
     load,
@@ -23,7 +24,9 @@ from cfmoe.compile.kernels.builder import (
     loop,
     reduce_max,
     reduce_sum,
+    rounded,
     scalar,
+    sin_cos,
     splat,
     store,
     symbol,
@@ -149,8 +152,9 @@ class _Rotation:
             a, b = element(at), element(i64(half) + at)
             cos = let(load(self.rope, row, at, lanes=LANES))
             sin = let(load(self.rope, row, i64(half) + at, lanes=LANES))
-            store(out, a * cos - b * sin, at, lanes=LANES)
-            store(out, b * cos + a * sin, i64(half) + at, lanes=LANES)
+            minus = splat(f32(0.0), LANES) - b
+            store(out, fma(a, cos, minus * sin, LANES), at, lanes=LANES)
+            store(out, fma(b, cos, a * sin, LANES), i64(half) + at, lanes=LANES)
         if self.shape.rotary < dim:
             with loop((dim - self.shape.rotary) // LANES) as j:
                 at = let(i64(self.shape.rotary) + j * i64(LANES))
@@ -166,8 +170,9 @@ class _Rotation:
         store(acc, splat(f32(0.0), LANES), i64(0), lanes=LANES)
         with loop(width // LANES) as j:
             v = let(load(self.qkv, row, start + j * i64(LANES), lanes=LANES))
-            store(acc, load(acc, i64(0), lanes=LANES) + v * v, i64(0), lanes=LANES)
-        return let(f32(1.0) / T.sqrt(reduce_sum(load(acc, i64(0), lanes=LANES)) / f32(float(width)) + f32(self.shape.eps)))
+            store(acc, fma(v, v, load(acc, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
+        mean = rounded(reduce_sum(load(acc, i64(0), lanes=LANES)) / f32(float(width)), 1)
+        return let(f32(1.0) / T.sqrt(mean + f32(self.shape.eps)))
 
 
 def latent_heads(name: str, rows: int | None, heads: int, rope: int, nope: int, value: int) -> tirx.PrimFunc:
@@ -215,8 +220,9 @@ def rope(name: str, rows: int | None, width: int, amplitude: float) -> tirx.Prim
         out = tensor("out", (n, width), "float32")
         with loop(n) as row, loop(half) as j:
             angle = let(T.Cast("float32", position + row) * frequencies[j])
-            T.buffer_store(out, T.cos(angle) * f32(amplitude), [row, j])
-            T.buffer_store(out, T.sin(angle) * f32(amplitude), [row, i64(half) + j])
+            sine, cosine = sin_cos(angle, 1)
+            T.buffer_store(out, cosine * f32(amplitude), [row, j])
+            T.buffer_store(out, sine * f32(amplitude), [row, i64(half) + j])
 
     return build(name, {}, body)
 
@@ -252,8 +258,8 @@ def _attend(
         store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
         with loop(dim) as d:
             key = T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES))
-            store(scores, load(scores, i64(0), lanes=LANES) + splat(query[d], LANES) * key, i64(0), lanes=LANES)
-        scaled = let(load(scores, i64(0), lanes=LANES) * splat(f32(shape.scale), LANES))
+            store(scores, fma(splat(query[d], LANES), key, load(scores, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
+        scaled = let(rounded(load(scores, i64(0), lanes=LANES) * splat(f32(shape.scale), LANES), LANES))
         here = T.Ramp(T.Cast("int32", block * i64(LANES)), tirx.IntImm("int32", 1), LANES)
         seen = here <= splat(T.Cast("int32", last), LANES)
         masked = let(T.Select(seen, scaled, splat(f32(NEGATIVE), LANES)))
@@ -264,14 +270,14 @@ def _attend(
         fade = exp(old - peak, 1)
         p = exp(masked - splat(peak, LANES), LANES)
         T.buffer_store(state, peak, [i64(0)])
-        T.buffer_store(state, state[i64(1)] * fade + reduce_sum(p), [i64(1)])
+        T.buffer_store(state, fma(state[i64(1)], fade, reduce_sum(p), 1), [i64(1)])
         store(weights, p, i64(0), lanes=LANES)
         with loop(value_dim // LANES) as j:
             at = let(j * i64(LANES))
             total = let(load(acc, at, lanes=LANES) * splat(fade, LANES))
             for offset in range(LANES):
                 value = T.Cast(vector, load(values, kv, block * i64(LANES) + i64(offset), at, lanes=LANES))
-                total = let(total + splat(weights[i64(offset)], LANES) * value)
+                total = let(fma(splat(weights[i64(offset)], LANES), value, total, LANES))
             store(acc, total, at, lanes=LANES)
     with loop(value_dim // LANES) as j:
         at = let(j * i64(LANES))

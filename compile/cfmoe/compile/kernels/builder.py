@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+from cfmoe.compile.kernels.soft_fma import soft_fma
 
 Expr = Any  # tirx expressions have no useful common static type
 Buffer = Any
 
 GROUP = 32  # inputs that share one quantisation scale
 TILE = 32  # outputs of one tile of a weight matrix
+
+# Coefficients of the highest power first.
+_EXP = (1.3814173991004203e-3, 8.368921796795204e-3, 0.04166840797608797, 0.16666518938572927, 0.49999993333479165, 1.0, 1.0)
+_SINE = (-1.9513979960586477e-4, 8.33215133159232e-3, -0.16666654463341005)
+_COSINE = (2.4431668149908742e-5, -1.3887303459294178e-3, 0.041666645425303135, -0.5)
+_HALF_PI = (1.5707963705062866, -4.371138828673793e-08, -1.7151245100058819e-15)  # each as fp32 holds it
+
+
+_fused: ContextVar[bool] = ContextVar("fused", default=True)
+
+
+@contextmanager
+def multiply_adds(fused: bool) -> Iterator[None]:
+    """Within it kernels are built for a CPU that has, or has not, an instruction for fp32 a * b + c."""
+    before = _fused.set(fused)
+    try:
+        yield
+    finally:
+        _fused.reset(before)
 
 
 def build(name: str, attrs: dict[str, Any], body: Callable[[], None]) -> tirx.PrimFunc:
@@ -46,7 +69,8 @@ def i64(value: Expr) -> Expr:
 
 
 def f32(value: float) -> Expr:
-    return tirx.FloatImm("float32", value)
+    # Rounded here, or a cast of it to fp64 would be folded to more digits than fp32 has.
+    return tirx.FloatImm("float32", float(np.float32(value)))
 
 
 def splat(value: Expr, lanes: int) -> Expr:
@@ -89,6 +113,10 @@ def reduce_sum_int(vector: Expr) -> Expr:
     return intrinsic("int32", "llvm.vector.reduce.add", vector)
 
 
+def _vector(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
 def absolute(vector: Expr, dtype: str) -> Expr:
     return intrinsic(dtype, "llvm.fabs", vector)
 
@@ -98,23 +126,73 @@ def rint(vector: Expr, dtype: str) -> Expr:
     return intrinsic(dtype, "llvm.rint", vector)
 
 
-def exp(x: Expr, lanes: int) -> Expr:
-    """e**x in fp32, relative error below 2e-7 for x <= 88; 0 for x < -87.
+def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    """a * b + c in fp32, rounded once, on every CPU.
 
-    Cody-Waite reduction by ln 2 and a polynomial of degree 6, so that it vectorises and does not depend on the C library.
+    Sums of products must be written with it: of a product and a sum LLVM makes one instruction where the CPU has one, which rounds
+    otherwise than the two.
     """
-    dtype = "float32" if lanes == 1 else f"float32x{lanes}"
-    int_dtype = "int32" if lanes == 1 else f"int32x{lanes}"
+    if not _fused.get():
+        return soft_fma(a, b, c, lanes)
+    return intrinsic(_vector("float32", lanes), "llvm.fma", a, b, c)
+
+
+def rounded(x: Expr, lanes: int) -> Expr:
+    """`x`, a product, as fp32 holds it: LLVM must not fuse it with a sum that it goes into."""
+    return intrinsic(_vector("float32", lanes), "llvm.arithmetic.fence", x)
+
+
+def exp(x: Expr, lanes: int) -> Expr:
+    """e**x in fp32, within 1 ulp for -87 <= x <= 88 and the same bits on every CPU; 0 below, e**88 above.
+
+    Cody-Waite reduction by ln 2, then a polynomial of degree 6 of least greatest error (2e-9).
+    """
+    dtype, int_dtype = _vector("float32", lanes), _vector("int32", lanes)
     x = let(x)
     clipped = let(T.max(T.min(x, splat(f32(88.0), lanes)), splat(f32(-87.0), lanes)))
     k = let(rint(clipped * splat(f32(1.4426950408889634), lanes), dtype))
-    r = let(clipped - k * splat(f32(0.693359375), lanes))
-    r = let(r + k * splat(f32(2.12194440e-4), lanes))
-    poly = splat(f32(1.0 / 720), lanes)
-    for coefficient in (1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
-        poly = let(poly * r + splat(f32(coefficient), lanes))
-    power = T.reinterpret(dtype, (T.Cast(int_dtype, k) + splat(tirx.IntImm("int32", 127), lanes)) << splat(tirx.IntImm("int32", 23), lanes))
-    return let(T.Select(x < splat(f32(-87.0), lanes), splat(f32(0.0), lanes), poly * power))
+    r = let(fma(k, splat(f32(-0.693359375), lanes), clipped, lanes))
+    r = let(fma(k, splat(f32(2.12194440e-4), lanes), r, lanes))
+    poly = splat(f32(_EXP[0]), lanes)
+    for coefficient in _EXP[1:]:
+        poly = let(fma(poly, r, splat(f32(coefficient), lanes), lanes))
+    # Times 2**k by way of the exponent, exactly: no product is left that could be fused with what follows.
+    bits = T.reinterpret(int_dtype, poly) + (T.Cast(int_dtype, k) << splat(tirx.IntImm("int32", 23), lanes))
+    return let(T.Select(x < splat(f32(-87.0), lanes), splat(f32(0.0), lanes), T.reinterpret(dtype, bits)))
+
+
+def sin_cos(x: Expr, lanes: int) -> tuple[Expr, Expr]:
+    """Sine and cosine in fp32 for |x| <= 2**20, each within 1e-7 and the same bits on every CPU.
+
+    Cody-Waite reduction by pi/2 in three parts, then polynomials of least greatest error on [-pi/4, pi/4].
+    """
+    dtype, int_dtype = _vector("float32", lanes), _vector("int32", lanes)
+    one = splat(f32(1.0), lanes)
+    x = let(x)
+    k = let(rint(x * splat(f32(0.6366197723675814), lanes), dtype))
+    r = x
+    for part in _HALF_PI:
+        r = let(fma(k, splat(f32(-part), lanes), r, lanes))
+    z = let(r * r)
+
+    def polynomial(coefficients: tuple[float, ...]) -> Expr:
+        value = splat(f32(coefficients[0]), lanes)
+        for coefficient in coefficients[1:]:
+            value = let(fma(value, z, splat(f32(coefficient), lanes), lanes))
+        return value
+
+    sine = let(fma(r * z, polynomial(_SINE), r, lanes))
+    cosine = let(fma(polynomial(_COSINE), z, one, lanes))
+    quarter = let(T.Cast(int_dtype, k))
+
+    def bit(value: Expr, number: int) -> Expr:
+        return (value & splat(tirx.IntImm("int32", 1 << number), lanes)) != splat(tirx.IntImm("int32", 0), lanes)
+
+    odd = bit(quarter, 0)
+    minus = splat(f32(-1.0), lanes)
+    sine_sign = T.Select(bit(quarter, 1), minus, one)
+    cosine_sign = T.Select(bit(quarter + splat(tirx.IntImm("int32", 1), lanes), 1), minus, one)
+    return let(T.Select(odd, cosine, sine) * sine_sign), let(T.Select(odd, sine, cosine) * cosine_sign)
 
 
 def sigmoid(x: Expr, lanes: int) -> Expr:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32, i64, let, load, local, loop, splat, store
+from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32, fma, i64, let, load, local, loop, splat, store
 from cfmoe.compile.kernels.simd import Simd
 
 ROW_BLOCK = 4  # rows that share one pass over a tile: as many accumulators as 32 vector registers hold
@@ -92,7 +92,7 @@ def _quantised_block(
         for r in range(len(rows)):
             old = load(acc[r], first, lanes=lanes)
             total = T.Cast(f"float32x{lanes}", T.Cast(vector, sums[r]))
-            store(acc[r], old + total * (weight_scale * splat(scales[r], lanes)), first, lanes=lanes)
+            store(acc[r], fma(total, weight_scale * splat(scales[r], lanes), old, lanes), first, lanes=lanes)
 
     if simd.unrolls:
         for part in range(TILE // lanes):
@@ -112,7 +112,7 @@ def _float_block(
             for r, row in enumerate(rows):
                 x = activation[row, group * i64(GROUP) + k]
                 old = load(acc[r], i64(part * lanes), lanes=lanes)
-                store(acc[r], old + w * splat(x, lanes), i64(part * lanes), lanes=lanes)
+                store(acc[r], fma(w, splat(x, lanes), old, lanes), i64(part * lanes), lanes=lanes)
 
 
 def accumulate(

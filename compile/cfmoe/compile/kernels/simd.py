@@ -16,10 +16,14 @@ def _int(value: int) -> Expr:
 
 @dataclass(frozen=True)
 class Simd:
-    """Vector unit of a CPU target. `dot` names the instruction behind `dot4`: vnni, madd, sdot or none."""
+    """Vector unit of a CPU target. `dot` names the instruction behind `dot4`: vnni, madd, sdot or none.
+
+    `fused`: whether the CPU multiplies and adds fp32 numbers in one instruction.
+    """
 
     lanes: int
     dot: str
+    fused: bool = True
 
     @property
     def unrolls(self) -> bool:
