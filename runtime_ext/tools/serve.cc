@@ -128,6 +128,7 @@ class Server {
   void generate(const Request& request);
   void set_budget(const Request& request);
   void report_metrics(const Request& request);
+  void report_devices(const Request& request);
   int on_token(const Request& request, int32_t token);
   std::vector<int32_t> prompt_of(const JsonValue& body) const;
   std::string text_of(int32_t token);
@@ -225,7 +226,7 @@ void Server::accept(const std::string& line) {
       request.id = id->is_integer() ? std::to_string(id->integer(INT64_MIN, INT64_MAX)) : json_string(id->text(256));
     }
     request.op = request.body->at("op").choice(
-        {"load", "generate", "cancel", "set_budget", "trim", "metrics", "reset", "unload", "quit"});
+        {"load", "generate", "cancel", "set_budget", "trim", "metrics", "devices", "reset", "unload", "quit"});
     if (request.op == "cancel") {
       check_fields(*request.body, {});
       cancelled_through_ = accepted_;
@@ -294,6 +295,8 @@ void Server::handle(const Request& request) {
       reply(request, "budget", JsonObject().add("memory", memory_json(engine_)));
     } else if (request.op == "metrics") {
       report_metrics(request);
+    } else if (request.op == "devices") {
+      report_devices(request);
     } else if (request.op == "reset") {
       check_fields(body, {});
       engine();
@@ -319,11 +322,13 @@ cfmoe_engine* Server::engine() const {
 
 void Server::load(const Request& request) {
   const JsonValue& body = *request.body;
-  check_fields(body, {"artifact", "memory_budget", "expert_percent", "context_size", "threads", "io", "policy"});
+  check_fields(body, {"artifact", "memory_budget", "expert_percent", "context_size", "threads", "io", "policy",
+                      "device", "prefill_device", "decode_device"});
   if (engine_ != nullptr) throw Error("an artifact is loaded already: send unload first");
   const std::string artifact = body.at("artifact").string();
   const auto text = [&](const char* name) { return given(body, name) ? body.at(name).string() : std::string(); };
-  const std::string io = text("io"), policy = text("policy");
+  const std::string io = text("io"), policy = text("policy"), device = text("device"),
+                    prefill_device = text("prefill_device"), decode_device = text("decode_device");
   cfmoe_engine_options options;
   cfmoe_engine_options_init(&options);
   std::tie(options.budget_bytes, options.expert_percent) = budget_of(body);
@@ -331,6 +336,9 @@ void Server::load(const Request& request) {
   options.threads = static_cast<int32_t>(small_number(body, "threads", 0));
   if (!io.empty()) options.io = io.c_str();
   if (!policy.empty()) options.policy = policy.c_str();
+  if (!device.empty()) options.device = device.c_str();
+  if (!prefill_device.empty()) options.prefill_device = prefill_device.c_str();
+  if (!decode_device.empty()) options.decode_device = decode_device.c_str();
 
   Call call;
   cfmoe_engine* engine = nullptr;
@@ -345,6 +353,9 @@ void Server::load(const Request& request) {
       .add("memory", memory_json(engine_))
       .add("io", cfmoe_engine_io(engine_))
       .add("policy", cfmoe_engine_policy(engine_))
+      .add("prefill_device", cfmoe_engine_device(engine_, 0))
+      .add("decode_device", cfmoe_engine_device(engine_, 1))
+      .add("device_name", cfmoe_engine_device_name(engine_))
       .add("warning", cfmoe_engine_warning(engine_))
       .add("text", has_text)
       .add("text_error", has_text ? "" : call.error());
@@ -380,6 +391,22 @@ void Server::report_metrics(const Request& request) {
         .raw("residents", residents_json(engine_));
   }
   reply(request, "metrics", out);
+}
+
+// The GPUs by the kind that a load names; a kind that has no driver here is left out.
+void Server::report_devices(const Request& request) {
+  check_fields(*request.body, {});
+  JsonObject devices;
+  for (const char* kind : {"vulkan", "opencl", "metal"}) {
+    std::string list(kTextBytes, '\0');
+    size_t size = 0;
+    Call call;
+    const cfmoe_status status = cfmoe_devices(kind, list.data(), list.size(), &size, call.error(), Call::size());
+    if (status != CFMOE_OK || size >= list.size()) continue;
+    list.resize(size);
+    devices.raw(kind, list);
+  }
+  reply(request, "devices", JsonObject().add("devices", devices));
 }
 
 std::vector<int32_t> Server::prompt_of(const JsonValue& body) const {

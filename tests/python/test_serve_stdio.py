@@ -38,6 +38,18 @@ def test_a_conversation_is_the_one_of_the_library(demo_artifact: Path) -> None:
         assert again == first.token_ids
 
 
+def test_devices_are_listed_and_chosen(demo_artifact: Path) -> None:
+    # A driver of this machine may put its own signal stack in the place of the sanitizer's, and leave memory behind.
+    with EngineProcess(environment={"ASAN_OPTIONS": "use_sigaltstack=0:detect_leaks=0"}) as process:
+        listed = process.call("devices")
+        assert listed["event"] == "devices"
+        for kind in ("vulkan", "metal"):
+            refused = process.call("load", artifact=str(demo_artifact), prefill_device=kind)  # compiled for the CPU alone
+            assert refused["event"] == "error" and refused["kind"] == "user" and kind in refused["message"].lower()
+        loaded = process.call("load", artifact=str(demo_artifact), device="cpu", decode_device="cpu")
+        assert (loaded["prefill_device"], loaded["decode_device"], loaded["device_name"]) == ("cpu", "cpu", "")
+
+
 def test_budgets_metrics_and_cancel_while_tokens_come(demo_artifact: Path) -> None:
     with EngineProcess() as process:
         process.call("load", artifact=str(demo_artifact), expert_percent=100)
