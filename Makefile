@@ -51,15 +51,19 @@ test: lint test-cpp test-python ## every check: lint, C++ under sanitizers, Pyth
 
 .PHONY: test-full
 test-full: lint test-cpp fuzz android-tools ## test, with long fuzzing and the slow tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not cross"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not cross and not swift"
 
 .PHONY: test-python
 test-python: .venv/.installed ## the Python tests, but for the slow ones
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not cross"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not cross and not swift"
 
 .PHONY: test-cross
 test-cross: .venv/.installed ## the static ARM64 engine, built and run under qemu (half an hour the first time)
 	$(BIN)/python -m pytest -m cross
+
+.PHONY: test-swift
+test-swift: .venv/.installed build/asan/.built ## CFMoEKit and the iOS app's sources, in a Debian trixie root of 2.5 GB (needs root)
+	$(BIN)/python -m pytest -m swift
 
 CMAKE_TESTS = cmake -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCFMOE_BUILD_TESTS=ON \
               -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g"

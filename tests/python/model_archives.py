@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 
 
 def write_archives(artifact: Path, out: Path) -> list[Path]:
-    """Writes good-*.zip, good-*.tar, bad-*.zip and bad-*.tar into `out`; returns them."""
+    """Writes good-* and bad-* (zip, tar, tar.gz) into `out`; returns them."""
     out.mkdir(parents=True, exist_ok=True)
     files = {path.relative_to(artifact).as_posix(): path.read_bytes() for path in sorted(artifact.rglob("*")) if path.is_file()}
     for name, compression in (("deflated", zipfile.ZIP_DEFLATED), ("stored", zipfile.ZIP_STORED)):
@@ -26,6 +27,9 @@ def write_archives(artifact: Path, out: Path) -> list[Path]:
         _tar(out / f"good-{name}.tar", files, form, prefix="./")
         long = f"{'long' * 30}/" if name != "ustar" else "model/"
         _tar(out / f"good-{name}-folder.tar", files, form, prefix=long)
+    tar = (out / "good-gnu-folder.tar").read_bytes()
+    (out / "good-gzip.tar.gz").write_bytes(gzip.compress(tar))
+    (out / "good-gzip-members.tgz").write_bytes(gzip.compress(tar[:1_000_000]) + gzip.compress(tar[1_000_000:]))
     _write_bad(files, out)
     return sorted(out.iterdir())
 
@@ -59,6 +63,9 @@ def _write_bad(files: dict[str, bytes], out: Path) -> None:
     _patch_members(out / "bad-encrypted.zip", whole, flags=1)
     _patch_members(out / "bad-bomb.zip", _bomb(files), size=files["weights.bin"])
     (out / "bad-gzip.tar.gz").write_bytes(b"\x1f\x8b\x08\x00" + bytes(600))
+    packed = (out / "good-gzip.tar.gz").read_bytes()
+    (out / "bad-gzip-cut.tar.gz").write_bytes(packed[: len(packed) // 2])
+    (out / "bad-gzip-text.gz").write_bytes(gzip.compress(b"no archive " * 1000))
 
 
 def _zip(path: Path, files: Any, compression: int, force_zip64: bool = False) -> None:

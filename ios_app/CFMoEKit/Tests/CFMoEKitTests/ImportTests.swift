@@ -89,21 +89,24 @@ final class ImportTests: XCTestCase {
     XCTAssertEqual(try left(library), [])
   }
 
-  func testArchivesOfTheDemoModel() async throws {
+  func testArchives() async throws {
     let path = try XCTUnwrap(ProcessInfo.processInfo.environment["CFMOE_ARCHIVES"], "set CFMOE_ARCHIVES to a directory of archives")
     let archives = URL(fileURLWithPath: path, isDirectory: true)
-    let expected = try ModelLibrary.model(at: demoArtifact(), isBundled: false).manifest
     let names = try FileManager.default.contentsOfDirectory(atPath: path).filter { $0.hasPrefix("good-") }.sorted()
-    XCTAssertGreaterThanOrEqual(names.count, 6)
+    XCTAssertGreaterThanOrEqual(names.count, 13)
+    var first: Manifest?
     for name in names {
       let library = try library()
       let model = try await ModelImporter(library: library).run(archives.appendingPathComponent(name))
-      XCTAssertEqual(model.manifest, expected, name)
+      XCTAssertEqual(model.manifest, first ?? model.manifest, name)
+      XCTAssertEqual(model.manifest.name, "tiny", name)
       XCTAssertEqual(try left(library), [model.id], name)
+      first = model.manifest
     }
     // And an imported one runs.
     let library = try library()
-    let model = try await ModelImporter(library: library).run(archives.appendingPathComponent(names[0]))
+    let model = try await ModelImporter(library: library).run(archives.appendingPathComponent("demo.zip"))
+    XCTAssertEqual(model.manifest, try ModelLibrary.model(at: demoArtifact(), isBundled: false).manifest)
     let engine = try await Engine.open(artifact: model.directory)
     let session = try await engine.makeSession()
     let answer = try await collect(session.generate([1, 2, 3], maxNewTokens: 3, stopTokens: []))

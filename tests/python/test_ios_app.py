@@ -1,0 +1,339 @@
+"""The iOS app as far as Linux can tell: the Xcode project is complete, everything parses, the Metal device is valid Objective-C++,
+what is packaged holds together. Marked `swift`: CFMoEKit's own tests with the real engine, and SwiftUI's types, in a Debian trixie root."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import json
+import os
+import plistlib
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfmoe.artifact.reader import Artifact
+from cfmoe.errors import CFMoEError
+from cfmoe.package import xcode
+from model_archives import write_archives
+from support import ROOT
+
+APP = ROOT / "ios_app"
+KIT = APP / "CFMoEKit"
+PROJECT = APP / "CFMoE.xcodeproj" / "project.pbxproj"
+METAL = ROOT / "runtime_ext" / "src" / "device" / "metal"
+PROMPT = "The proposal adds a new statement to the language. It"
+
+
+def _project_text() -> str:
+    specification = importlib.util.spec_from_file_location("make_project", APP / "tools" / "make_project.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["make_project"] = module
+    specification.loader.exec_module(module)
+    text = module.text()
+    assert isinstance(text, str)
+    return text
+
+
+def _paths(project: Any, directory: Path) -> dict[str, Path]:
+    """Where each file reference of the project lies, by the reference's name."""
+    found: dict[str, Path] = {}
+    roots = {"SOURCE_ROOT": directory}
+
+    def walk(group: Any, base: Path) -> None:
+        for key in group.children:
+            item = project.objects[key]
+            path = item.get("path", None)
+            where = roots.get(item.sourceTree, base)
+            if item.isa == "PBXGroup":
+                walk(item, where / path if path else where)
+            elif item.sourceTree in ("<group>", "SOURCE_ROOT"):
+                found[key] = Path(os.path.normpath(where / path))
+
+    walk(project.objects[project.objects[project.rootObject].mainGroup], directory)
+    return found
+
+
+def _phase(project: Any, isa: str) -> list[Any]:
+    (phase,) = project.objects.get_objects_in_section(isa)
+    return [project.objects[key] for key in phase.files]
+
+
+def test_the_project_is_what_its_sources_make() -> None:
+    assert PROJECT.read_text() == _project_text(), "run ios_app/tools/make_project.py"
+
+
+def test_the_project_builds_every_source() -> None:
+    from pbxproj import XcodeProject
+
+    project = XcodeProject.load(str(PROJECT))
+    paths = _paths(project, APP)
+    made_later = {APP / "Libraries" / "CFMoE.xcframework", APP / "Model"}
+    assert {path for path in paths.values() if not path.exists()} - made_later == set()
+    compiled = {paths[row.fileRef] for row in _phase(project, "PBXSourcesBuildPhase")}
+    assert compiled == {*(APP / "CFMoE").rglob("*.swift"), *METAL.glob("*.mm")}
+    copied = {paths[row.fileRef].name for row in _phase(project, "PBXResourcesBuildPhase")}
+    assert copied == {"Assets.xcassets", "PrivacyInfo.xcprivacy", "Model"}
+    linked = _phase(project, "PBXFrameworksBuildPhase")
+    assert APP / "Libraries" / "CFMoE.xcframework" in {paths.get(row["fileRef"]) for row in linked if "fileRef" in row}
+    (product,) = [project.objects[row["productRef"]] for row in linked if "productRef" in row]
+    package = project.objects[product.package]
+    assert (product.productName, package.relativePath) == ("CFMoEKit", "CFMoEKit")
+    for row in project.objects.get_objects_in_section("XCBuildConfiguration"):
+        settings = row.buildSettings
+        for name in ("INFOPLIST_FILE", "CODE_SIGN_ENTITLEMENTS"):
+            assert name not in settings or (APP / settings[name]).is_file()
+    # The reader has found every object.
+    assert set(re.findall(r"^\t\t([0-9A-F]{24}) = ", PROJECT.read_text(), re.M)) == set(project.objects.get_keys())
+
+
+def test_property_lists_and_assets() -> None:
+    resources = APP / "CFMoE" / "Resources"
+    info = plistlib.loads((resources / "Info.plist").read_bytes())
+    assert info["CFBundleIdentifier"] == "$(PRODUCT_BUNDLE_IDENTIFIER)" and "UILaunchScreen" in info
+    # The app asks for nothing of the user's, and reaches no network.
+    assert not [name for name in info if name.endswith("UsageDescription") or name == "NSAppTransportSecurity"]
+    entitlements = plistlib.loads((resources / "CFMoE.entitlements").read_bytes())
+    assert entitlements == {"com.apple.developer.kernel.increased-memory-limit": True}
+    privacy = plistlib.loads((resources / "PrivacyInfo.xcprivacy").read_bytes())
+    assert privacy["NSPrivacyTracking"] is False and privacy["NSPrivacyCollectedDataTypes"] == []
+    for contents in resources.rglob("Contents.json"):
+        for image in json.loads(contents.read_text()).get("images", []):
+            data = (contents.parent / image["filename"]).read_bytes()
+            assert data[:8] == b"\x89PNG\r\n\x1a\n"
+            width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
+            assert f"{width}x{height}" == image["size"] and colour in (2, 3)  # no transparency: the store refuses it
+
+
+def test_swift_sources_parse() -> None:
+    import tree_sitter
+    import tree_sitter_swift
+
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_swift.language()))
+    sources = [*(APP / "CFMoE").rglob("*.swift"), *KIT.rglob("*.swift")]
+    assert len(sources) > 40
+    bad = [path for path in sources if parser.parse(path.read_bytes()).root_node.has_error]
+    assert bad == []
+    assert parser.parse(b"struct A { func f( { }").root_node.has_error
+    for path in sources:
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("// "), f"{path} does not say what it is for"
+
+
+def test_the_package_sees_the_engines_own_header() -> None:
+    header = KIT / "Sources" / "CCFMoE" / "cfmoe.h"
+    assert header.resolve() == ROOT / "runtime_ext" / "include" / "cfmoe" / "cfmoe.h"
+
+
+def _objective_cxx(source: Path, target: str) -> subprocess.CompletedProcess[str]:
+    ziglang = pytest.importorskip("ziglang")
+    zig = Path(ziglang.__file__).parent / "lib"
+    # libc++ as zig builds it, with a C library for Darwin; Foundation and Metal are declared by the tests.
+    site = {"ABI_VERSION": "1", "ABI_NAMESPACE": "__1", "HARDENING_MODE": "_LIBCPP_HARDENING_MODE_NONE", "HARDENING_MODE_DEFAULT": "2"}
+    site |= dict.fromkeys(("HAS_THREADS", "HAS_THREAD_API_PTHREAD", "HAS_MONOTONIC_CLOCK", "HAS_LOCALIZATION", "HAS_UNICODE"), "1")
+    site |= dict.fromkeys(("HAS_WIDE_CHARACTERS", "HAS_FILESYSTEM", "HAS_RANDOM_DEVICE", "HAS_TERMINAL"), "1")
+    site |= dict.fromkeys(("HAS_VENDOR_AVAILABILITY_ANNOTATIONS", "HAS_TIME_ZONE_DATABASE", "HAS_MUSL_LIBC"), "0")
+    site |= dict.fromkeys(("HAS_THREAD_API_EXTERNAL", "HAS_THREAD_API_WIN32", "LIBC_PICOLIBC", "LIBC_NEWLIB"), "0")
+    site |= {"ASSERTION_SEMANTIC_DEFAULT": "8", "PSTL_BACKEND_SERIAL": "1"}
+    defines = [f"-D_LIBCPP_{name}={value}" for name, value in site.items()]
+    system = [zig / "libcxx" / "include", zig / "include", zig / "libc" / "include" / "any-darwin-any", ROOT / "tests" / "metal_stubs"]
+    includes = [flag for path in system for flag in ("-isystem", str(path))] + [f"-I{ROOT / 'runtime_ext' / 'src'}"]
+    language = ["-x", "objective-c++", "-fobjc-arc", "-fblocks", "-fexceptions", "-std=c++20", "-nostdinc", "-nostdinc++"]
+    strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    command = [sys.executable, "-m", "ziglang", "clang", f"--target={target}", *language, *strict, *defines, *includes, str(source)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
+
+
+@pytest.mark.parametrize("source", ["metal_device.mm", "metal_stream.mm"])
+def test_the_metal_device_is_valid(source: str, tmp_path: Path) -> None:
+    result = _objective_cxx(METAL / source, "arm64-apple-ios15.0")
+    assert result.returncode == 0, result.stderr
+    # What is no member of the device interface or of Metal is noticed.
+    text = (METAL / source).read_text()
+    for right, wrong in {"metal_device.mm": ("facts.max_scalars", "facts.scalars"), "metal_stream.mm": (" commit]", " commmit]")}.items():
+        if right == source:
+            assert wrong[0] in text
+            changed = tmp_path / source
+            changed.write_text(text.replace(*wrong))
+            assert _objective_cxx(changed, "arm64-apple-ios15.0").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["arm64-apple-ios15.0-simulator", "arm64-apple-macos12.0"])
+def test_the_metal_device_is_valid_elsewhere(target: str) -> None:
+    for source in sorted(METAL.glob("*.mm")):
+        result = _objective_cxx(source, target)
+        assert result.returncode == 0, result.stderr
+
+
+def _static_library(out: Path, target: str) -> Path:
+    """An archive with one object of one function."""
+    pytest.importorskip("ziglang")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source = out.with_suffix(".c")
+    source.write_text("int cfmoe_test(void) { return 1; }\n")
+    compile_object = [sys.executable, "-m", "ziglang", "clang", f"--target={target}", "-c", str(source), "-o", str(out.with_suffix(".o"))]
+    subprocess.run(compile_object, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "ziglang", "ar", "rc", str(out), str(out.with_suffix(".o"))], check=True, timeout=120)
+    return out
+
+
+def test_what_is_packaged_holds_together(demo_artifact: Path, tmp_path: Path) -> None:
+    from pbxproj import XcodeProject
+
+    device = _static_library(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
+    simulator = _static_library(tmp_path / "simulator" / "libcfmoe.a", "arm64-apple-ios15.0-simulator")
+    steps: list[tuple[int, int]] = []
+    libraries = {"ios-arm64": device, "ios-arm64-simulator": simulator}
+    out = tmp_path / "packaged"
+    project_path = xcode.assemble(APP, libraries, demo_artifact, out, progress=lambda _stage, done, total: steps.append((done, total)))
+    assert project_path == out / "ios_app" / "CFMoE.xcodeproj"
+    assert steps and steps[-1][0] == steps[-1][1]
+    project = XcodeProject.load(str(project_path / "project.pbxproj"))
+    assert [path for path in _paths(project, out / "ios_app").values() if not path.exists()] == []
+    (model,) = (out / "ios_app" / "Model").iterdir()
+    Artifact.open(model).verify()
+    framework = out / "ios_app" / "Libraries" / "CFMoE.xcframework"
+    rows = plistlib.loads((framework / "Info.plist").read_bytes())["AvailableLibraries"]
+    assert [(row["LibraryIdentifier"], row.get("SupportedPlatformVariant")) for row in rows] == [
+        ("ios-arm64", None),
+        ("ios-arm64-simulator", "simulator"),
+    ]
+    for row in rows:
+        packed = framework / row["LibraryIdentifier"] / row["LibraryPath"]
+        assert packed.read_bytes() == libraries[row["LibraryIdentifier"]].read_bytes()
+    # Nothing in it points out of it: links, and what the Metal sources include.
+    for path in out.rglob("*"):
+        assert path.exists() and path.resolve().is_relative_to(out), path
+    for source in (out / "runtime_ext" / "src").rglob("*"):
+        for name in re.findall(r'^#include "(.+)"', source.read_text(), re.M) if source.is_file() else ():
+            assert (out / "runtime_ext" / "src" / name).is_file(), f"{source} includes {name}"
+    with pytest.raises(CFMoEError, match="exists"):
+        xcode.assemble(APP, libraries, demo_artifact, out)
+    xcode.assemble(APP, {"ios-arm64": device}, demo_artifact, out, force=True)
+    assert not (framework / "ios-arm64-simulator").exists()
+
+
+def test_wrong_parts_are_refused(demo_artifact: Path, tmp_path: Path) -> None:
+    device = _static_library(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
+    mac = _static_library(tmp_path / "mac" / "libcfmoe.a", "arm64-apple-macos12.0")
+    linux = _static_library(tmp_path / "linux" / "libcfmoe.a", "aarch64-linux-musl")
+    text = tmp_path / "text.a"
+    text.write_text("no archive")
+    cut = tmp_path / "cut.a"
+    cut.write_bytes(device.read_bytes()[:-100])
+    out = tmp_path / "out"
+    for libraries, message in (
+        ({}, "needs a static library"),
+        ({"ios-arm64": mac}, "is for platform 1"),
+        ({"ios-arm64": linux}, "no Mach-O objects"),
+        ({"ios-arm64": text}, "no static library"),
+        ({"ios-arm64": cut}, "damaged"),
+        ({"ios-arm64": tmp_path / "gone.a"}, "gone.a"),
+        ({"ios-arm64": device, "tvos-arm64": device}, "no platform tvos-arm64"),
+        ({"ios-arm64": device, "ios-arm64-simulator": device}, "is for platform 2"),
+    ):
+        with pytest.raises(CFMoEError, match=message):
+            xcode.assemble(APP, libraries, demo_artifact, out)
+    with pytest.raises(CFMoEError, match="checkout"):
+        xcode.assemble(tmp_path / "elsewhere", {"ios-arm64": device}, demo_artifact, out)
+    with pytest.raises(CFMoEError, match="manifest.json"):
+        xcode.assemble(APP, {"ios-arm64": device}, tmp_path, out)
+
+    def interrupt(_stage: str, _done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        xcode.assemble(APP, {"ios-arm64": device}, demo_artifact, out, progress=interrupt)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".out", "out"))]
+
+
+SWIFT_BUILD = ROOT / "build" / "swift"
+# The user's real cache: a test's own home would mean a new root every time.
+SWIFT_ROOT = os.environ.get("CFMOE_SWIFT_ROOT") or str(
+    Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/root")) / ".cache") / "cfmoe" / "swift-trixie"
+)
+
+
+def _in_swift_root(command: Sequence[str | Path], binds: Sequence[Path], **environment: str | Path) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {name: str(value) for name, value in environment.items()}
+    variables |= {"CFMOE_SWIFT_ROOT": SWIFT_ROOT, "CFMOE_SWIFT_BINDS": os.pathsep.join(map(str, (ROOT, *binds)))}
+    call = [str(APP / "tools" / "swift_root.sh"), "run", *map(str, command)]
+    return subprocess.run(call, cwd=KIT, env=variables, capture_output=True, encoding="utf-8", timeout=1800, check=False)
+
+
+def _swift(command: str, binds: Sequence[Path] = (), **environment: str | Path) -> subprocess.CompletedProcess[str]:
+    with importlib.resources.as_file(importlib.resources.files("cfmoe.runtime").joinpath("libcfmoe.so")) as library:
+        folder = library.parent
+    tvm_ffi = importlib.util.find_spec("tvm_ffi")
+    assert tvm_ffi is not None and tvm_ffi.submodule_search_locations
+    libraries = [folder, Path(tvm_ffi.submodule_search_locations[0]) / "lib"]
+    call = ["swift", command, "--scratch-path", SWIFT_BUILD, "-Xlinker", f"-L{folder}", "-Xlinker", "--allow-shlib-undefined"]
+    search = os.pathsep.join(map(str, libraries))
+    return _in_swift_root(call, [*libraries, *binds], LD_LIBRARY_PATH=search, **environment)
+
+
+@pytest.fixture(scope="module")
+def swift_root() -> None:
+    """The trixie root: set up on first use, as root, from Debian's mirror."""
+    setup = [str(APP / "tools" / "swift_root.sh"), "setup"]
+    result = subprocess.run(setup, env=os.environ | {"CFMOE_SWIFT_ROOT": SWIFT_ROOT}, capture_output=True, encoding="utf-8", timeout=3600)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.swift
+@pytest.mark.usefixtures("swift_root")
+def test_cfmoekit_with_the_real_engine(demo_artifact: Path, tmp_path: Path) -> None:
+    from artifacts import write
+    from cfmoe.runtime import Engine, Tokenizer
+    from engine_process import host_engine
+
+    archives = tmp_path / "archives"
+    write_archives(write(tmp_path / "tiny"), archives)
+    write_archives(demo_artifact, tmp_path / "all")
+    (tmp_path / "all" / "good-deflated.zip").rename(archives / "demo.zip")
+    with Engine(demo_artifact) as engine, engine.session() as session:
+        tokens = session.generate(Tokenizer(demo_artifact).encode(PROMPT), 64).token_ids
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
+    lengths = ["--prompt-tokens", "64", "--new-tokens", "32"]
+    bench = [host_engine(), "bench", demo_artifact, "--memory-budget", "100%,25%", *lengths, "--json"]
+    (tmp_path / "bench.json").write_bytes(subprocess.run(bench, check=True, capture_output=True, timeout=300).stdout)
+    result = _swift(
+        "test",
+        [tmp_path, demo_artifact],
+        CFMOE_ARTIFACT=demo_artifact,
+        CFMOE_ARCHIVES=archives,
+        CFMOE_EXPECTED_TOKENS=tmp_path / "tokens.json",
+        CFMOE_EXPECTED_BENCH=tmp_path / "bench.json",
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    executed = [int(count) for count in re.findall(r"Executed (\d+) tests", result.stdout)]
+    assert max(executed) >= 35, result.stdout[-2000:]
+    assert "warning:" not in result.stdout + result.stderr
+
+
+@pytest.mark.swift
+@pytest.mark.usefixtures("swift_root")
+def test_the_app_parses_and_type_checks(tmp_path: Path) -> None:
+    built = _swift("build")
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr
+    check = [APP / "tools" / "check_sources.sh", SWIFT_BUILD]
+    checked = _in_swift_root(check, [])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "parsed" in checked.stdout and "type-checked" in checked.stdout
+    # A wrong call of the package, and one of SwiftUI, are noticed.
+    for right, wrong in (("residents.count)", "residents.count(ofRow: 1))"), (".frame(height:", ".frame(tall:")):
+        path = APP / "CFMoE" / "Views" / "HeatMapView.swift"
+        text = path.read_text()
+        assert right in text
+        changed = tmp_path / "HeatMapView.swift"
+        changed.write_text(text.replace(right, wrong))
+        refused = _in_swift_root(check, [tmp_path], CFMOE_REPLACE=changed)
+        assert refused.returncode != 0 and "error:" in refused.stderr, refused.stdout + refused.stderr
