@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,109 @@ def test_a_killed_compilation_goes_on(tmp_path: Path, demo_model: Path) -> None:
     compile_model(model, out, quant="f16", resume=True, progress=lambda what, _done, _total: records.append(what))
     assert 0 < sum(what.startswith("experts") for what in records) <= 16 - 6  # two dense layers were counted among the eight
     assert contents(out) == contents(whole)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from cfmoe.artifact import journal, staging, writer
+from cfmoe.compile import compile_model, compiler
+
+model, out, whole, place, count = *map(Path, sys.argv[1:4]), sys.argv[4], int(sys.argv[5])
+seen = 0
+
+def ready_made(to, target, *_):
+    # Compiling the kernels is most of the time, and the same in every run.
+    manifest = json.loads((whole / "manifest.json").read_text())
+    entry = manifest["targets"][target.name]
+    for name in (entry["plan"], entry["library"]):
+        to.copy_file(whole / name, name)
+    return entry, manifest["kernel_set"]
+compiler._write_target = ready_made
+
+def is_the_place(here):
+    global seen
+    seen += here == place
+    return here == place and seen == count
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, here):
+    real = getattr(owner, name)
+    def patched(*arguments, **options):
+        if is_the_place(here):
+            die()
+        return real(*arguments, **options)
+    setattr(owner, name, patched)
+
+write = writer._Stream.write
+def torn(stream, data):
+    if stream._shown.name == "experts.bin" and is_the_place("half a record"):
+        write(stream, memoryview(data)[: len(data) // 2])
+        die()
+    write(stream, data)
+writer._Stream.write = torn
+before(journal.Journal, "note", "record before its line")
+before(writer.ArtifactWriter, "copy_file", "copied file")
+before(staging.StagingDirectory, "commit", "rename")
+
+def progress(what, done, total):
+    if is_the_place(what.split()[0]):
+        die()
+compile_model(model, out, quant="f16", resume=True, progress=progress)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_one_place_after_the_other(tmp_path: Path, demo_model: Path) -> None:
+    """SIGKILL leaves nothing to clean up in: what each run finds is what the last one had on its way to the disk."""
+    model = tiny_checkpoint("qwen2_moe", tmp_path / "model", demo_model / "tokenizer.json")
+    whole = compile_model(model, tmp_path / "whole", quant="f16")
+    out = tmp_path / "out"
+
+    def run(place: str, count: int) -> int:
+        command = [sys.executable, "-c", KILLED, str(model), str(out), str(whole), place, str(count)]
+        return subprocess.run(command, timeout=120, check=False).returncode
+
+    # (where, at which time that it comes by, records that are whole then). Padding is a write of its own: the third is the second record.
+    places = [
+        ("kernels", 1, 0),
+        ("dense", 2, 0),
+        ("half a record", 3, 1),
+        ("record before its line", 4, 4),
+        ("experts", 3, 7),
+        ("half a record", 5, 9),
+        ("copied file", 2, 9),
+        ("experts", 7, 16),
+        ("copied file", 3, 16),
+        ("rename", 1, 0),  # the journal is gone by then
+    ]
+    for place, count, records in places:
+        assert run(place, count) == -signal.SIGKILL, place
+        assert not out.exists()
+        journal = tmp_path / ".out.cfmoe-part" / "records.journal"
+        noted = len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
+        assert noted == records, place
+    assert run("nowhere", 1) == 0
+    assert contents(out) == contents(whole)
+    assert sorted(os.listdir(tmp_path)) == ["model", "out", "whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_goes_on(number: signal.Signals, tmp_path: Path, demo_model: Path) -> None:
+    model = tiny_checkpoint("qwen2_moe", tmp_path / "model", demo_model / "tokenizer.json")
+    out, part = tmp_path / "out", tmp_path / ".out.cfmoe-part"
+    command = [sys.executable, "-m", "cfmoe.cli", "compile", str(model), "--out", str(out), "--quant", "f16", "--resume"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (part / "lib").exists() and time.monotonic() < deadline:  # the kernels take seconds more
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert part.exists() and not out.exists()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=120, check=False).returncode == 0
+    assert contents(out) == contents(compile_model(model, tmp_path / "whole", quant="f16"))
+    assert not part.exists()
