@@ -1,6 +1,6 @@
 # Toolchain: zig of the Python package ziglang as a cross compiler that brings its own C and C++ libraries.
 #   -DCFMOE_ZIG_TARGET=aarch64-linux-musl -DPython_EXECUTABLE=PYTHON
-# The executable lies in the package, so that nothing need be on PATH.
+# The executable lies in the package, so that nothing need be on PATH. For iOS it has headers and no libraries: archives only.
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES CFMOE_ZIG_TARGET CFMOE_ZIG Python_EXECUTABLE)
 if(NOT CFMOE_ZIG)
   execute_process(
@@ -11,7 +11,17 @@ if(NOT CFMOE_ZIG)
   endif()
 endif()
 string(REGEX MATCH "^[^-]+" CMAKE_SYSTEM_PROCESSOR "${CFMOE_ZIG_TARGET}")
-set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_CXX_COMPILER "${CFMOE_ZIG}" c++)
 set(CMAKE_CXX_COMPILER_TARGET "${CFMOE_ZIG_TARGET}")
 set(CMAKE_CXX_FLAGS_INIT "-target ${CFMOE_ZIG_TARGET}")
+if(CFMOE_ZIG_TARGET MATCHES "-ios")
+  # CMake's own iOS wants Xcode.
+  set(CMAKE_SYSTEM_NAME Generic)
+  set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+  get_filename_component(zig_directory "${CFMOE_ZIG}" DIRECTORY)
+  string(APPEND CMAKE_CXX_FLAGS_INIT " -isystem ${zig_directory}/lib/libc/include/any-darwin-any -fPIC")
+  set(CMAKE_CXX_ARCHIVE_CREATE "\"${CFMOE_ZIG}\" ar --format=darwin qcs <TARGET> <OBJECTS>")
+  set(CMAKE_CXX_ARCHIVE_FINISH "")
+else()
+  set(CMAKE_SYSTEM_NAME Linux)
+endif()

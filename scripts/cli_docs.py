@@ -23,6 +23,7 @@ COMMANDS = (
     "export gguf",
     "export mlc",
     "make-random",
+    "package",
     "demo",
 )
 HEAD = """# The command line

@@ -36,6 +36,9 @@ for group in "$@"; do
       [ -e /usr/share/android-framework-res/framework-res.apk ] || missing+=(android-framework-res)
       [ -e /usr/share/java/junit4.jar ] || missing+=(junit4)
       [ -e /usr/share/java/com.android.json.jar ] || missing+=(libandroid-json-java)
+      # Runs the engine of the APK in the tests.
+      command -v qemu-aarch64-static >/dev/null || missing+=(qemu-user-static)
+      command -v readelf >/dev/null || missing+=(binutils)
       ;;
     *)
       echo "error: the group $group is unknown; there is: android" >&2

@@ -19,3 +19,9 @@ def error_line(result: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def load_alignments(path: Path) -> list[int]:
+    """Alignments of the segments of an ELF file, in bytes; phones have pages of up to 16 KiB."""
+    listing = subprocess.run(["readelf", "-lW", str(path)], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[-1], 16) for line in listing.splitlines() if line.strip().startswith("LOAD")]

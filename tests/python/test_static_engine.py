@@ -2,87 +2,88 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from cfmoe.compile import compile_model, compiler, targets
-from cfmoe.compile.checkpoint import Checkpoint
-from cfmoe.compile.decoder_config import Quantisation
-from cfmoe.compile.families import resolve
-from cfmoe.runtime import Engine, Tokenizer
+from cfmoe.artifact import Artifact
+from cfmoe.compile import compile_model
+from cfmoe.package import native
+from cfmoe.package.kernels import ARM64, phone_kernels
+from cfmoe.runtime import Engine, Sampling, Tokenizer
 from engine_process import EngineProcess
-from support import ROOT
+from support import ROOT, load_alignments
 
 QEMU = shutil.which("qemu-aarch64-static")
-NAMES = ("aarch64-dotprod", "aarch64")
 # qemu's "max" has dot products; the first ARMv8 cores have none.
-CPUS = {"max": "aarch64-dotprod", "cortex-a53": "aarch64"}
-PROMPT = "The proposal adds"
+CPUS = ("max", "cortex-a53")
+PROMPTS = (
+    "The proposal adds",
+    "def read_file(path):",
+    "In 1998 the",
+    "Once upon a time",
+    "The committee",
+    "import os",
+    "Water boils at",
+    "She said that",
+    "class Parser:",
+    "The number of",
+)
 
 pytestmark = [
-    pytest.mark.cross,
-    pytest.mark.skipif(QEMU is None, reason="qemu-aarch64-static is missing: apt-get install qemu-user-static"),
-    pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="zig is missing: pip install 'cfmoe[cross]'"),
+    pytest.mark.slow,
+    pytest.mark.skipif(QEMU is None, reason="qemu-aarch64-static is missing: make android-tools"),
+    pytest.mark.skipif(bool(native.missing()), reason=f"missing: {native.missing()}"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
 
 
 @pytest.fixture(scope="module")
 def artifact(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_model(demo_model, tmp_path_factory.mktemp("static") / "demo.cfmoe", targets=["llvm", *NAMES])
+    return compile_model(demo_model, tmp_path_factory.mktemp("static") / "demo.cfmoe", targets=["llvm", *ARM64])
 
 
-@pytest.fixture(scope="module")
-def program(artifact: Path, demo_model: Path) -> Path:
-    """The preset linux-arm64 with the artifact's kernels, built in its own directory, where later runs find it."""
-    kernel_set = json.loads((artifact / "manifest.json").read_text())["kernel_set"]
-    config = compiler._generation_facts(demo_model, resolve(Checkpoint(demo_model).config, "config.json")[0])
-    objects, prefixes = [], []
-    build = ROOT / "build" / "linux-arm64"
-    build.mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
-        target = targets.resolve(name)
-        mod, _ = compiler.lower(config, Quantisation.named("mixed"), target, 256)
-        objects.append(build / f"kernels-{name}.o")
-        prefixes.append(targets.static_prefix(kernel_set, target))
-        targets.build_static(compiler.kernels_of(mod), target, kernel_set, objects[-1])
-    options = (f"-DCFMOE_KERNEL_OBJECTS={';'.join(map(str, objects))}", f"-DCFMOE_KERNEL_PREFIXES={','.join(prefixes)}")
-    python = f"-DPython_EXECUTABLE={sys.executable}"
-    subprocess.run(["cmake", "--preset", "linux-arm64", *options, python], cwd=ROOT, check=True, capture_output=True, timeout=900)
-    subprocess.run(["cmake", "--build", str(build)], cwd=ROOT, check=True, capture_output=True, timeout=1800)
-    return build / "cfmoe-engine"
+@pytest.fixture
+def program(artifact: Path) -> Path:
+    kernels = phone_kernels(Artifact.open(artifact))
+    return native.build(native.PRESETS["linux-arm64"], [k.object_file for k in kernels], [k.prefix for k in kernels])
 
 
 def test_the_executable_needs_nothing_and_fits_pages_of_16_kib(program: Path) -> None:
     listing = subprocess.run(["readelf", "-hlW", str(program)], capture_output=True, text=True, check=True).stdout
     assert "AArch64" in listing and "INTERP" not in listing and "DYNAMIC" not in listing
-    alignments = [int(line.split()[-1], 16) for line in listing.splitlines() if line.strip().startswith("LOAD")]
-    assert alignments and min(alignments) >= 16384
+    assert min(load_alignments(program)) >= 16384
 
 
-def test_loadable_kernels_fit_pages_of_16_kib(artifact: Path) -> None:
-    for library in artifact.glob("lib/*/kernels.so"):
-        listing = subprocess.run(["readelf", "-lW", str(library)], capture_output=True, text=True, check=True).stdout
-        alignments = [int(line.split()[-1], 16) for line in listing.splitlines() if line.strip().startswith("LOAD")]
-        assert alignments and min(alignments) >= 16384, library
+def test_kernels_are_named_alike_by_compile_and_package(program: Path, artifact: Path) -> None:
+    """Whoever compiles the same shapes, and when, gets kernels of the same name: the engine of one package runs them all."""
+    targets = json.loads((artifact / "manifest.json").read_text())["targets"]
+    assert {k.entry["kernel_set"] for k in phone_kernels(Artifact.open(artifact))} == {targets[name]["kernel_set"] for name in ARM64}
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_64_greedy_tokens_are_those_of_x86_64(cpu: str, program: Path, artifact: Path) -> None:
-    prompt = Tokenizer(artifact).encode(PROMPT)
-    with Engine(artifact) as engine, engine.session() as session:
-        expected = session.generate(prompt, 64, stop_tokens=[]).token_ids
-    with EngineProcess([str(QEMU), "-cpu", cpu, program]) as process:
+def test_tokens_are_those_of_x86_64(cpu: str, program: Path, artifact: Path) -> None:
+    """Greedy ones, and drawn ones, which feel the last bits of every probability."""
+    with EngineProcess([str(QEMU), "-cpu", cpu, program]) as process, Engine(artifact) as engine, engine.session() as session:
         loaded = process.call("load", artifact=str(artifact), expert_percent=40, threads=2)
         assert loaded["event"] == "loaded", loaded
-        tokens, _, _ = process.generate(prompt=PROMPT, max_new_tokens=64, stop_tokens=[])
-        assert tokens == expected
+        for prompt in PROMPTS:
+            session.reset()
+            expected = session.generate(Tokenizer(artifact).encode(prompt), 64, stop_tokens=[]).token_ids
+            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[])
+            assert tokens == expected, prompt
+            session.reset()
+            drawn = session.generate(Tokenizer(artifact).encode(prompt), 64, Sampling(temperature=1.5, seed=7), stop_tokens=[]).token_ids
+            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[], temperature=1.5, seed=7)
+            assert tokens == drawn, prompt
 
 
 def test_other_kernels_are_refused_with_that_reason(program: Path, demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:

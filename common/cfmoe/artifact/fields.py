@@ -29,6 +29,9 @@ class Fields:
             raise self.wrong(name, "is missing")
         return self._value[name]
 
+    def has(self, name: str) -> bool:
+        return name in self._value
+
     def text(self, name: str) -> str:
         return self._text(name, self.value(name))
 

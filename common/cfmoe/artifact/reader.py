@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cfmoe.artifact.digest import xxh3_64
 from cfmoe.artifact.fields import Fields
@@ -61,12 +62,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Target:
-    """One set of kernels; `library` and `plan` are relative to the artifact."""
+    """One set of kernels, named by `kernel_set`; `library` and `plan` are relative to the artifact."""
 
     name: str
     device: str
     arch: str
     features: tuple[str, ...]
+    kernel_set: str
     library: str
     plan: str
 
@@ -93,6 +95,7 @@ class Manifest:
     tokenizer_files: tuple[str, ...]
     files: dict[str, FileEntry]
     provenance: dict[str, str]
+    decoder: dict[str, Any] | None  # checked by who compiles from it; None: an artifact of an older version
 
 
 @dataclass(frozen=True)
@@ -226,10 +229,11 @@ def _parse_manifest(path: Path) -> Manifest:
         prefill_chunk=root.integer("prefill_chunk", 1, _COUNT),
         kv_dtype=root.choice("kv_dtype", ("float16", "float32")),
         kernel_set=root.text("kernel_set"),
-        targets={name: _parse_target(name, fields) for name, fields in root.object("targets").objects()},
+        targets={name: _parse_target(name, fields, root.text("kernel_set")) for name, fields in root.object("targets").objects()},
         tokenizer_files=tuple(root.text_list("tokenizer_files")),
         files={name: _parse_file(name, fields) for name, fields in root.object("files").objects()},
         provenance=root.object("provenance").texts(),
+        decoder=root.value("decoder") if root.has("decoder") else None,
     )
     for needed in (INDEX, WEIGHTS, EXPERTS, *manifest.tokenizer_files):
         if needed not in manifest.files:
@@ -275,12 +279,13 @@ def _parse_model(fields: Fields) -> ModelFacts:
     )
 
 
-def _parse_target(name: str, fields: Fields) -> Target:
+def _parse_target(name: str, fields: Fields, kernel_set: str) -> Target:
     target = Target(
         name=name,
         device=fields.text("device"),
         arch=fields.text("arch"),
         features=tuple(fields.text_list("features")),
+        kernel_set=fields.text("kernel_set") if fields.has("kernel_set") else kernel_set,
         library=fields.text("library"),
         plan=fields.text("plan"),
     )

@@ -11,7 +11,23 @@ from typing import Annotated, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from cfmoe.cli import bench, compile, demo, doctor, evaluate, export, inspect, make_random, plan, profile, run, score, simulate, tune
+from cfmoe.cli import (
+    bench,
+    compile,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    make_random,
+    package,
+    plan,
+    profile,
+    run,
+    score,
+    simulate,
+    tune,
+)
 from cfmoe.errors import CFMoEError, RuntimeFault
 
 EXIT_FAULT = 1
@@ -38,6 +54,7 @@ app.command("score")(score.score)
 app.command("bench")(bench.bench)
 app.add_typer(export.export, name="export")
 app.command("make-random")(make_random.make_random)
+app.command("package")(package.package)
 app.command("demo")(demo.demo)
 
 

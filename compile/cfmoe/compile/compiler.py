@@ -15,7 +15,7 @@ import tvm
 from tvm import tirx
 
 from cfmoe.artifact.writer import ArtifactWriter
-from cfmoe.compile import gpu, plan
+from cfmoe.compile import decoder_facts, gpu, plan
 from cfmoe.compile import targets as cpu_targets
 from cfmoe.compile.checkpoint import Checkpoint, read_json
 from cfmoe.compile.convert import Converter, Progress
@@ -116,22 +116,37 @@ def _write_target(
     chunk: int,
     dump_ir: Path | None,
 ) -> tuple[dict[str, Any], str]:
-    mod, parameters = lower(config, quantisation, target, chunk, dump_ir)
     folder = f"lib/{target.name}"
-    document = plan.emit(mod, config, quantisation, chunk, parameters, TILE)
-    writer.add_file(f"{folder}/plan.json", json.dumps(document, separators=(",", ":")).encode())
     with tempfile.TemporaryDirectory(prefix="cfmoe-") as scratch:
-        library = Path(scratch) / "kernels.so"
-        kernel_set = cpu_targets.build(kernels_of(mod), target, library)
-        writer.copy_file(library, f"{folder}/kernels.so")
+        entry, _ = build_target(target, config, quantisation, chunk, Path(scratch), dump_ir)
+        for name in ("plan.json", "kernels.so"):
+            writer.copy_file(Path(scratch) / name, f"{folder}/{name}")
+    return entry, entry["kernel_set"]
+
+
+def build_target(
+    target: cpu_targets.CpuTarget,
+    config: DecoderConfig,
+    quantisation: Quantisation,
+    chunk: int,
+    directory: Path,
+    dump_ir: Path | None = None,
+) -> tuple[dict[str, Any], tvm.IRModule]:
+    """Writes plan.json and kernels.so into `directory`; returns the manifest's entry and the kernels."""
+    mod, parameters = lower(config, quantisation, target, chunk, dump_ir)
+    document = plan.emit(mod, config, quantisation, chunk, parameters, TILE)
+    (directory / "plan.json").write_bytes(json.dumps(document, separators=(",", ":")).encode())
+    kernels = kernels_of(mod)
+    folder = f"lib/{target.name}"
     entry = {
         "device": "cpu",
         "arch": target.arch,
         "features": list(target.features),
+        "kernel_set": cpu_targets.build(kernels, target, directory / "kernels.so"),
         "library": f"{folder}/kernels.so",
         "plan": f"{folder}/plan.json",
     }
-    return entry, kernel_set
+    return entry, kernels
 
 
 def _fingerprint(checkpoint: Checkpoint, quant: str) -> str:
@@ -198,6 +213,7 @@ def compile_model(
         return writer.finish(
             {
                 "model": _model_facts(model.resolve().name, config),
+                "decoder": decoder_facts.record(config),
                 "quantisation": {"preset": quant, "group_size": 32, "classes": dict(quantisation.classes)},
                 "prefill_chunk": prefill_chunk,
                 "kv_dtype": quantisation.kv_dtype,

@@ -30,10 +30,11 @@ class CpuTarget:
     features: tuple[str, ...]
     simd: Simd
 
-    def tvm_target(self) -> Target:
+    def tvm_target(self, triple: str | None = None) -> Target:
+        """`triple`, LLVM's name of a platform, is for others than Linux."""
         options: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}
-        if self.arch != host_arch():
-            options["mtriple"] = _TRIPLES[self.arch]
+        if triple is not None or self.arch != host_arch():
+            options["mtriple"] = triple or _TRIPLES[self.arch]
         if self.attributes:
             options["mattr"] = list(self.attributes)
         return Target(options)
@@ -111,16 +112,19 @@ def build(mod: tvm.IRModule, target: CpuTarget, out: Path) -> str:
 
 
 def static_prefix(kernel_set: str, target: CpuTarget) -> str:
-    """What precedes the names of the kernels of an artifact's `kernel_set` where they are linked into the engine itself."""
+    """What precedes the names of the kernels of a target's `kernel_set` where they are linked into the engine itself."""
     return f"cfmoe_{kernel_set[:16]}_{target.name.replace('-', '_')}_"
 
 
-def build_static(mod: tvm.IRModule, target: CpuTarget, kernel_set: str, out: Path) -> None:
-    """Compiles the PrimFuncs of `mod` into the object file `out`, which registers them in the program that links it."""
+def build_static(mod: tvm.IRModule, target: CpuTarget, kernel_set: str, out: Path, triple: str | None = None) -> None:
+    """Compiles the PrimFuncs of `mod` into the object file `out`, which registers them in the program that links it.
+
+    `kernel_set` is the target's own; `triple` is that of `CpuTarget.tvm_target`.
+    """
     prefix = static_prefix(kernel_set, target)
     named = {prefix + var.name_hint: f.with_attr("global_symbol", prefix + var.name_hint) for var, f in mod.functions_items()}
     with tvm.transform.PassContext(opt_level=3):
-        module = tvm.compile(tvm.IRModule(named, attrs={"system_lib_prefix": prefix}), target=target.tvm_target())
+        module = tvm.compile(tvm.IRModule(named, attrs={"system_lib_prefix": prefix}), target=target.tvm_target(triple))
     module.mod.write_to_file(str(out), "o")
 
 

@@ -139,6 +139,8 @@ std::vector<TargetEntry> parse_targets(const JsonValue& value, const Manifest& m
                                               : std::vector<std::string>{"generic"});
     for (const JsonValue& feature : entry.at("features").elements(kMaxFeatures))
       target.features.push_back(feature.string());
+    const std::optional<JsonValue> own = entry.find("kernel_set");
+    target.kernel_set = own ? own->string() : manifest.kernel_set;
     target.library = listed_path(entry.at("library"), manifest);
     target.plan = listed_path(entry.at("plan"), manifest);
     targets.push_back(std::move(target));

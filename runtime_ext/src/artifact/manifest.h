@@ -19,6 +19,7 @@ struct TargetEntry {
   std::string device;  // cpu, vulkan, opencl, metal
   std::string arch;    // x86_64, aarch64; generic for a GPU
   std::vector<std::string> features;
+  std::string kernel_set;  // names its kernels
   std::string library;  // relative paths, checked to stay inside the artifact
   std::string plan;
 };

@@ -202,7 +202,7 @@ void Engine::load_kernels() {
   }
   if (!cpu_plan_) return;
   if (KernelLibrary::is_static()) {
-    kernels_ = KernelLibrary::linked(artifact_.directory, artifact_.manifest.kernel_set, placement_.cpu->name);
+    kernels_ = KernelLibrary::linked(artifact_.directory, placement_.cpu->kernel_set, placement_.cpu->name);
     return;
   }
   read_verified(artifact_.directory, artifact_.manifest, placement_.cpu->library);
