@@ -98,7 +98,7 @@ def write(
     writer.add_file(f"{folder}/{DEVICES[target.device]}", kernels.library)
     entry = {
         "device": target.device,
-        "arch": target.profile.name,
+        "arch": "generic",
         "features": list(kernels.features),
         "library": f"{folder}/{DEVICES[target.device]}",
         "plan": f"{folder}/plan.json",

@@ -32,6 +32,7 @@ class Shader:
     writes: tuple[int, ...]
     shared_bytes: int
     features: tuple[str, ...]  # of those allowed, what it uses
+    launch: tuple[str, ...]  # TIR's tags of the launch's axes
 
 
 def emit(function: tirx.PrimFunc, name: str, features: frozenset[str], shared_limit: int) -> Shader:
@@ -78,7 +79,8 @@ class _Writer:
         parameters = self.expressions.parameters
         writes = tuple(p.binding for p in parameters if p.stored)
         features = self.expressions.used_features()
-        return Shader(self.name, source, (x, y, z), grid, len(parameters), self.scalars, writes, self.shared_bytes, features)
+        interface = (len(parameters), self.scalars, writes)
+        return Shader(self.name, source, (x, y, z), grid, *interface, self.shared_bytes, features, tuple(self.launch))
 
     def _line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)

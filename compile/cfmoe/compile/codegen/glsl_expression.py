@@ -134,7 +134,7 @@ class Expressions:
 
     def add_parameter(self, pointer: Any) -> None:
         dtype = Dtype.parse(str(pointer.ty.element_type))
-        if dtype.bits not in (16, 32, 64) or (dtype.bits == 64) or (dtype.bits == 16 and dtype.kind != "float"):
+        if dtype.bits != 32 and (dtype.kind, dtype.bits) != ("float", 16):
             raise self.unsupported(f"a buffer of {pointer.ty.element_type}")
         parameter = _Parameter(pointer, self.fresh(pointer.name), len(self.parameters), dtype)
         self.parameters.append(parameter)

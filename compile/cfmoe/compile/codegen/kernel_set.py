@@ -82,7 +82,8 @@ def build_source(functions: dict[str, tirx.PrimFunc], profile: Profile, kind: st
     """OpenCL C or MSL (`kind`: opencl, metal) of all kernels in one source."""
     # The interface is the shaders': the same functions, the same walk.
     shaders = _shaders(functions, profile, "vulkan")
-    source = opencl.emit(lower(functions, Target({"kind": kind})), kind)
+    tagged = {name: f.with_attr("tirx.kernel_launch_params", list(shaders[name].launch)) for name, f in functions.items()}
+    source = opencl.emit(lower(tagged, Target({"kind": kind})), kind)
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"kernels.{'cl' if kind == 'opencl' else 'metal'}").write_text(source)

@@ -91,7 +91,7 @@ def gate_up(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> ti
 
     def decode_body() -> None:
         (activation, rows_in, slab, scratch, work), (first, entries, _) = parameters(SCALARS, **names)
-        product = Gemv(profile, fmt, hidden, streams=2)
+        product = Gemv(profile, fmt, hidden, tiles, streams=2)
         with threads((tiles, entries), product.threads) as ((tile, number), (x, y)):
             entry = _Work(work, first, number)
             base = let("base", entry.record + tile * i32(2 * blocks * fmt.words32))
@@ -223,7 +223,7 @@ def down(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> tirx.
 
     def decode_body() -> None:
         (scratch, rows_out, slab, out, work), (first, entries, _) = parameters(SCALARS, **names)
-        product = Gemv(profile, fmt, ffn)
+        product = Gemv(profile, fmt, ffn, tiles)
         with threads((tiles, entries), product.threads) as ((tile, number), (x, y)):
             entry = _Work(work, first, number)
             base = let("base", entry.record + i32(skip) + tile * i32(blocks * fmt.words32))

@@ -36,7 +36,7 @@ def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
     def decode() -> None:
         buffers, _ = parameters([], **names)
         params = dict(zip(names, buffers, strict=True))
-        product = Gemv(profile, fmt, inputs)
+        product = Gemv(profile, fmt, inputs, tiles)
         with threads((tiles, shape.rows), product.threads) as ((tile, row), (x, y)):
             base = let("base", tile * i32(inputs // GROUP * fmt.words32))
             start = let("row_start", row * i32(fmt.activation_width(inputs)))

@@ -64,6 +64,7 @@ class Gemv:
     profile: Profile
     fmt: Format
     inputs: int
+    tiles: int  # of the matrix, each a workgroup
     streams: int = 1
 
     @property
@@ -72,11 +73,17 @@ class Gemv:
 
     @property
     def rows(self) -> int:
-        """Rows of threads: a power of two that the profile and the number of blocks allow."""
+        """Rows of threads, a power of two: more where there are few tiles, as long as each has blocks to read."""
         rows = self.profile.thread_rows
-        while rows > 1 and rows > self.blocks:
+        while rows > self.profile.min_thread_rows and rows * TILE * self.tiles > self.profile.threads_at_once:
+            rows //= 2
+        while rows > 1 and 2 * rows > self.blocks:
             rows //= 2
         return rows
+
+    @property
+    def unroll(self) -> int:
+        return max(1, min(self.profile.unroll, self.blocks // self.rows))
 
     @property
     def threads(self) -> tuple[int, int]:
@@ -95,11 +102,11 @@ class Gemv:
         for buffer in acc:
             for o in range(QUAD):
                 store(buffer, o, f32(0.0))
-        step = self.rows * self.profile.unroll
+        step = self.rows * self.unroll
         whole = self.blocks // step
         if whole:
             with loop("step", whole) as at:
-                for part in range(self.profile.unroll):
+                for part in range(self.unroll):
                     self._block(acc, slab, base, activation, row, let("block", at * i32(step) + y + i32(part * self.rows)), slot, quad)
         for first in range(whole * step, self.blocks, self.rows):
             with when(None if first + self.rows <= self.blocks else y < i32(self.blocks - first)):

@@ -12,7 +12,9 @@ class Profile:
     name: str
     features: frozenset[str]
     shared_bytes: int  # of one workgroup
-    thread_rows: int  # rows of 32 threads that share the inputs of one row of outputs
+    min_thread_rows: int  # rows of 32 threads that share the inputs of a tile in decode …
+    thread_rows: int  # … and where a matrix has so few tiles that its threads stay below the next number
+    threads_at_once: int  # that fill the device
     unroll: int  # input blocks whose loads a thread has in flight
     row_threads: int  # of kernels that handle one row of activations
     attention_threads: int

@@ -48,15 +48,19 @@ def rope(name: str, profile: Profile, rows: int | None, width: int, amplitude: f
     return build(name, body)
 
 
+# Sums to pi / 2. The first two are exact products with any number of quarters; none needs more than the seven digits that TVM prints.
+_HALF_PI = (1.5, 0.0703125, 4.837512e-4, 7.558521e-08)
+
+
 def _cosine_and_sine(angle: Expr) -> tuple[Expr, Expr]:
     """To fp32's precision for angles up to 30,000: drivers promise far less, and nothing beyond pi.
 
-    Cody-Waite reduction by pi / 2 in three parts, then polynomials on [-pi / 4, pi / 4] (coefficients of Cephes' sinf and cosf).
+    Cody-Waite reduction by pi / 2 in parts, then polynomials on [-pi / 4, pi / 4] (coefficients of Cephes' sinf and cosf).
     """
     quarters = let("quarters", rint(angle * f32(0.6366197723675814)))
-    r = let("reduced", angle - quarters * f32(1.5703125))
-    r = let("reduced", r - quarters * f32(4.837512969970703e-4))
-    r = let("reduced", r - quarters * f32(7.549789948768648e-8))
+    r = angle
+    for part in _HALF_PI:
+        r = let("reduced", r - quarters * f32(part))
     z = let("square", r * r)
     sine = let("sine", ((f32(-1.9515295891e-4) * z + f32(8.3321608736e-3)) * z + f32(-1.6666654611e-1)) * z * r + r)
     poly = (f32(2.443315711809948e-5) * z + f32(-1.388731625493765e-3)) * z + f32(4.166664568298827e-2)
