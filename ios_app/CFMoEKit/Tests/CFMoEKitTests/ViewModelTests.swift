@@ -212,7 +212,6 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     XCTAssertEqual(report.results.map(\.memoryBudget), ["100%", "25%"])
     let json = try XCTUnwrap(JSONSerialization.jsonObject(with: report.json()) as? [String: Any])
     XCTAssertEqual(json["machine"] as? String, "test")
-    XCTAssertEqual(json["decode_device"] as? String, "cpu")
     let ours = try XCTUnwrap(json["results"] as? [[String: Any]])
     let theirs = try XCTUnwrap(expected?["results"] as? [[String: Any]])
     XCTAssertEqual(ours.count, theirs.count)

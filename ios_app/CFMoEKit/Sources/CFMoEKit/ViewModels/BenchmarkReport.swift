@@ -6,17 +6,8 @@ public struct BenchmarkReport: Equatable, Sendable, Encodable {
   /// Such as "iPhone15,2".
   public var machine: String
   public var system: String
-  public var prefillDevice: String
-  public var decodeDevice: String
   public var date: String
   public var results: [BenchmarkResult] = []
-
-  enum CodingKeys: String, CodingKey {
-    case model, machine, system
-    case prefillDevice = "prefill_device"
-    case decodeDevice = "decode_device"
-    case date, results
-  }
 
   public func json() throws -> Data {
     let encoder = JSONEncoder()
@@ -31,6 +22,10 @@ public struct BenchmarkResult: Equatable, Identifiable, Sendable, Encodable {
   public var io: String
   public var policy: String
   public var warning: String
+  public var prefillDevice: String
+  public var decodeDevice: String
+  /// Of the GPU; empty if none is used.
+  public var deviceName: String
   public var promptTokens: Int
   public var newTokens: Int
   public var tokenIDs: [Int32]
@@ -42,6 +37,9 @@ public struct BenchmarkResult: Equatable, Identifiable, Sendable, Encodable {
   enum CodingKeys: String, CodingKey {
     case memoryBudget = "memory_budget"
     case io, policy, warning
+    case prefillDevice = "prefill_device"
+    case decodeDevice = "decode_device"
+    case deviceName = "device_name"
     case promptTokens = "prompt_tokens"
     case newTokens = "new_tokens"
     case tokenIDs = "token_ids"

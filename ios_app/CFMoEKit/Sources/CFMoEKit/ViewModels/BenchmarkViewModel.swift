@@ -48,8 +48,7 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
     let date = ISO8601DateFormatter().string(from: Date())
     update { state in
       state = State(isRunning: true, total: plan.expertPercents.count)
-      state.report = BenchmarkReport(model: model.manifest.name, machine: machine, system: system, prefillDevice: placement.prefill.rawValue,
-        decodeDevice: placement.decode.rawValue, date: date)
+      state.report = BenchmarkReport(model: model.manifest.name, machine: machine, system: system, date: date)
     }
     running = Task { [weak self, host] in
       await host.unload()
@@ -108,8 +107,10 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
       }
     }
     guard let end, end.reason != .cancelled else { throw CancellationError() }
+    let placement = try engine.placement()
     return BenchmarkResult(
       memoryBudget: name, io: try engine.io(), policy: try engine.policy(), warning: try await engine.warning(),
+      prefillDevice: placement.prefill.rawValue, decodeDevice: placement.decode.rawValue, deviceName: try engine.deviceName(),
       promptTokens: end.promptTokens, newTokens: end.newTokens, tokenIDs: ids, metrics: end.metrics, memory: end.memory)
   }
 }
