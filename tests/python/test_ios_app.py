@@ -173,6 +173,54 @@ def test_the_metal_device_is_valid_elsewhere(target: str) -> None:
         assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture(scope="module")
+def metal_artifact(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with kernels for Metal."""
+    from cfmoe.compile import compile_model
+
+    return compile_model(demo_model, tmp_path_factory.mktemp("metal") / "artifact", targets=["metal"])
+
+
+@pytest.mark.slow
+def test_metal_kernels_are_called_as_they_want(metal_artifact: Path) -> None:
+    """The signatures in kernels.metal are those that metal_stream.mm serves: buffers in order, then scalars on 8 bytes each."""
+    (target,) = Artifact.open(metal_artifact).manifest.targets.values()
+    source = (metal_artifact / target.library).read_text()
+    kernels = json.loads((metal_artifact / target.plan).read_text())["kernels"]
+    for name, kernel in kernels.items():
+        match = re.search(rf"kernel void {kernel['entry']}\((.*?)\) {{", source, re.S)
+        assert match is not None, name
+        parameters = [part.strip() for part in match[1].split(",\n")]
+        buffers = [part for part in parameters if part.startswith("device ")]
+        assert [int(re.findall(r"buffer\((\d+)\)", part)[0]) for part in buffers] == list(range(kernel["buffers"])), name
+        blocks = [part for part in parameters if part.startswith("constant ")]
+        assert len(blocks) == (kernel["scalars"] > 0), name
+        if blocks:
+            assert f"buffer({kernel['buffers']})" in blocks[0], name
+            fields = re.search(rf"struct {blocks[0].split()[1].rstrip('&')} {{(.*?)}};", source, re.S)
+            assert fields is not None
+            assert re.fullmatch(r"(\s*int \w+\[2\];)*\s*", fields[1]) and fields[1].count(";") == kernel["scalars"], name
+
+
+@pytest.mark.slow
+def test_metal_kernels_are_valid(metal_artifact: Path, tmp_path: Path) -> None:
+    """By clang, against declarations of what they use of the Metal shading language."""
+    pytest.importorskip("ziglang")
+    (target,) = Artifact.open(metal_artifact).manifest.targets.values()
+    source = metal_artifact / target.library
+    flags = ["-x", "c++", "-std=c++20", "-fsyntax-only", "-nostdinc", "-nostdinc++", "-Wno-unknown-attributes"]
+
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ziglang", "clang", *flags, "-isystem", str(ROOT / "tests" / "metal_stubs"), str(path)]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
+
+    result = check(source)
+    assert result.returncode == 0, result.stderr[:4000]
+    wrong = tmp_path / "wrong.metal"
+    wrong.write_text(source.read_text().replace("rint(", "rounded(", 1))
+    assert check(wrong).returncode != 0
+
+
 def _static_library(out: Path, target: str) -> Path:
     """An archive with one object of one function."""
     pytest.importorskip("ziglang")
@@ -244,7 +292,7 @@ def test_wrong_parts_are_refused(demo_artifact: Path, tmp_path: Path) -> None:
             xcode.assemble(APP, libraries, demo_artifact, out)
     with pytest.raises(CFMoEError, match="checkout"):
         xcode.assemble(tmp_path / "elsewhere", {"ios-arm64": device}, demo_artifact, out)
-    with pytest.raises(CFMoEError, match="manifest.json"):
+    with pytest.raises(CFMoEError, match=r"manifest\.json"):
         xcode.assemble(APP, {"ios-arm64": device}, tmp_path, out)
 
     def interrupt(_stage: str, _done: int, _total: int) -> None:
