@@ -58,7 +58,7 @@ test-python: .venv/.installed ## the Python tests, but for the slow ones
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not cross and not swift"
 
 .PHONY: test-cross
-test-cross: .venv/.installed ## the static ARM64 engine, built and run under qemu (half an hour the first time)
+test-cross: .venv/.installed ## what is built for other platforms and is not in test-full: the archives for iOS
 	$(BIN)/python -m pytest -m cross
 
 .PHONY: test-swift
