@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -113,6 +116,29 @@ def test_a_failing_build_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(CFMoEError, match=r"native code for linux-arm64 cannot be built: engine\.cc:1: error: no such thing"):
         native.build(native.PRESETS["linux-arm64"])
     assert not list((tmp_path / "cache").rglob("cfmoe-engine"))
+
+
+def test_an_interrupted_build_takes_its_compilers_with_it(tmp_path: Path) -> None:
+    fake = tmp_path / "cmake"
+    fake.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/compiler\nwait\n")
+    fake.chmod(0o755)
+    code = f"from cfmoe.package import native\nfrom pathlib import Path\nnative._tool = lambda name: Path({str(fake)!r})\n"
+    code += "native.build(native.PRESETS['linux-arm64'])\n"
+    environment = os.environ | {"CFMOE_NATIVE_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    started = tmp_path / "compiler"
+    for _ in range(600):
+        if started.exists() and started.read_text().strip():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    compiler = Path("/proc") / started.read_text().strip() / "status"
+    for _ in range(100):
+        if not compiler.exists() or "zombie" in compiler.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the compiler still runs")
 
 
 @pytest.mark.parametrize("case", sorted(TINY))

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def build(preset: Preset, objects: Sequence[Path] = (), prefixes: Sequence[str] 
         with _lock(cache / f"{preset.name}.lock"):
             if not kept.is_file():
                 directory = cache / f"build-{preset.name}"
+                _remove_if_of_another(root, directory)
                 _run_cmake(root, preset, directory, objects, prefixes, progress)
                 _keep(directory / preset.product, kept)
     except OSError as error:
@@ -119,6 +121,13 @@ def _digest(root: Path, preset: Preset, objects: Sequence[Path], prefixes: Seque
     for file in objects:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _remove_if_of_another(root: Path, directory: Path) -> None:
+    """A build directory serves one checkout."""
+    cached = directory / "CMakeCache.txt"
+    if cached.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={root}\n" not in cached.read_text():
+        shutil.rmtree(directory)
 
 
 def _run_cmake(
@@ -145,7 +154,9 @@ def _run_cmake(
 
 def _run(command: list[str], root: Path, environment: dict[str, str], preset: Preset, progress: Progress | None) -> None:
     lines: list[str] = []
-    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -154,7 +165,7 @@ def _run(command: list[str], root: Path, environment: dict[str, str], preset: Pr
             if step and progress is not None:
                 progress(f"native code for {preset.name}", int(step[1]), int(step[2]))
     except BaseException:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)  # compilers and all
         process.wait()
         raise
     if process.wait() != 0:
