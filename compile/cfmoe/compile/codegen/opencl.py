@@ -33,9 +33,16 @@ static inline int pack_half2(float low, float high) {
   return as_type<int>(half2(low, high));
 }
 """
+_METAL_UNION = """\
+union __TVMArgUnion {
+ int v_int[2];
+};
+"""
 
 
 def emit(mod: tvm.IRModule, kind: str) -> str:
     """One source with every function of `mod`, which is lowered for `kind`: opencl or metal."""
     module = tvm.get_global_func(f"target.build.{kind}")(mod, Target({"kind": kind}))
-    return {"opencl": _OPENCL, "metal": _METAL}[kind] + str(module.inspect_source())
+    source = str(module.inspect_source())
+    # Written once per function, so that one source would define it again and again; nothing uses it.
+    return {"opencl": _OPENCL, "metal": _METAL}[kind] + source.replace(_METAL_UNION, "")

@@ -239,7 +239,7 @@ class Gemm:
             for i in range(QUAD * QUAD):
                 store(buffer, i, f32(0.0))
         sums = local("sums", QUAD * QUAD, "int32") if fmt.quantised else None
-        thread = let("thread", y * i32(GEMM_THREADS[0]) + x)
+        thread = let("thread_number", y * i32(GEMM_THREADS[0]) + x)
         with when(thread < i32(GEMM_ROWS)):
             store(starts, thread, row_start(thread))
         barrier()
