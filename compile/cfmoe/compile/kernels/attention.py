@@ -34,6 +34,7 @@ from cfmoe.compile.kernels.builder import (
 )
 
 LANES = 16  # also the positions of one K block
+STREAMS = 4  # sums of products that run side by side; divides every head_dim
 NEGATIVE = -3.0e38
 # Multiply-adds of a decoded token's scores above which its heads are shared out among the threads.
 MIN_PARALLEL_SCORES = 1 << 18
@@ -244,33 +245,42 @@ def _attend(
     first = let(head * i64(value_dim))
     kv = let(T.floordiv(head, i64(shape.heads // shape.kv_heads)))
     last = let(position + row)
-    acc, weights = local(value_dim), local(LANES)
-    state = local(2)  # running maximum, running sum
-    T.buffer_store(state, f32(NEGATIVE) if sink is None else sink, [i64(0)])
-    T.buffer_store(state, f32(0.0 if sink is None else 1.0), [i64(1)])
+    acc, weights, sums = local(value_dim), local(LANES), local(LANES)
+    maximum = local(1)
+    T.buffer_store(maximum, f32(NEGATIVE) if sink is None else sink, [i64(0)])
+    store(sums, splat(f32(0.0), LANES), i64(0), lanes=LANES)
+    if sink is not None:
+        T.buffer_store(sums, f32(1.0), [i64(0)])
     with loop(value_dim // LANES) as j:
         store(acc, splat(f32(0.0), LANES), j * i64(LANES), lanes=LANES)
-    scores = local(LANES)
+    # A sum waits for the one before: several of them side by side.
+    partial = [local(LANES) for _ in range(STREAMS)]
     oldest = let(T.max(last - i64(shape.window - 1), i64(0))) if shape.window else i64(0)
     begin = let(T.floordiv(oldest, i64(LANES))) if shape.window else i64(0)
     with T.serial(i64(0), T.floordiv(last, i64(LANES)) + i64(1) - begin) as step:
         block = let(begin + step)
-        store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
-        with loop(dim) as d:
-            key = T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES))
-            store(scores, fma(splat(query[d], LANES), key, load(scores, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
-        scaled = let(rounded(load(scores, i64(0), lanes=LANES) * splat(f32(shape.scale), LANES), LANES))
+        for scores in partial:
+            store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
+        with loop(dim // STREAMS) as group:
+            for stream, scores in enumerate(partial):
+                d = let(group * i64(STREAMS) + i64(stream))
+                key = T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES))
+                store(scores, fma(splat(query[d], LANES), key, load(scores, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
+        pairs = [let(load(scores, i64(0), lanes=LANES)) for scores in partial]
+        while len(pairs) > 1:
+            pairs = [let(a + b) for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
+        scaled = let(rounded(pairs[0] * splat(f32(shape.scale), LANES), LANES))
         here = T.Ramp(T.Cast("int32", block * i64(LANES)), tirx.IntImm("int32", 1), LANES)
         seen = here <= splat(T.Cast("int32", last), LANES)
         masked = let(T.Select(seen, scaled, splat(f32(NEGATIVE), LANES)))
         if shape.window:
             masked = let(T.Select(here >= splat(T.Cast("int32", oldest), LANES), masked, splat(f32(NEGATIVE), LANES)))
-        old = let(state[i64(0)])
+        old = let(maximum[i64(0)])
         peak = let(T.max(old, reduce_max(masked)))
         fade = exp(old - peak, 1)
         p = exp(masked - splat(peak, LANES), LANES)
-        T.buffer_store(state, peak, [i64(0)])
-        T.buffer_store(state, fma(state[i64(1)], fade, reduce_sum(p), 1), [i64(1)])
+        T.buffer_store(maximum, peak, [i64(0)])
+        store(sums, fma(load(sums, i64(0), lanes=LANES), splat(fade, LANES), p, LANES), i64(0), lanes=LANES)
         store(weights, p, i64(0), lanes=LANES)
         with loop(value_dim // LANES) as j:
             at = let(j * i64(LANES))
@@ -279,6 +289,7 @@ def _attend(
                 value = T.Cast(vector, load(values, kv, block * i64(LANES) + i64(offset), at, lanes=LANES))
                 total = let(fma(splat(weights[i64(offset)], LANES), value, total, LANES))
             store(acc, total, at, lanes=LANES)
+    whole = let(reduce_sum(load(sums, i64(0), lanes=LANES)))
     with loop(value_dim // LANES) as j:
         at = let(j * i64(LANES))
-        store(out, load(acc, at, lanes=LANES) / splat(state[i64(1)], LANES), row, first + at, lanes=LANES)
+        store(out, load(acc, at, lanes=LANES) / splat(whole, LANES), row, first + at, lanes=LANES)
