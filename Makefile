@@ -62,7 +62,7 @@ test-cross: .venv/.installed ## what is built for other platforms and is not in 
 	$(BIN)/python -m pytest -m cross
 
 .PHONY: test-swift
-test-swift: .venv/.installed build/asan/.built ## CFMoEKit and the iOS app's sources, in a Debian trixie root of 2.5 GB (needs root)
+test-swift: .venv/.installed build/asan/.built ## CFMoEKit and the iOS app's sources, in a Debian trixie root of 2.7 GB (needs root)
 	$(BIN)/python -m pytest -m swift
 
 CMAKE_TESTS = cmake -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCFMOE_BUILD_TESTS=ON \

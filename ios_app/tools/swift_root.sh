@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Debian trixie root with the Swift compiler, for machines whose own Debian is older: sets it up once (as root, about 2.5 GB), and runs commands in it.
+# A Debian trixie root with the Swift compiler, for machines whose own Debian is older: sets it up once (as root, about 2.7 GB), and runs commands in it.
 # Run as: swift_root.sh setup | swift_root.sh path | swift_root.sh run COMMAND [ARGUMENT...]
 # The root lies in $CFMOE_SWIFT_ROOT, or in the user's cache directory. `run` shows it the directories of $CFMOE_SWIFT_BINDS (colon-separated), read-write,
 # under their own names, goes to the current directory if it is in one of them, and passes on LD_LIBRARY_PATH and what begins with CFMOE_.
@@ -27,7 +27,8 @@ setup() {
   [ -e "$root/.complete" ] && return
   # What an interrupted set-up left is thrown away: debootstrap does not take up its own work.
   rm -rf "$partial" "$root"
-  debootstrap --variant=minbase --include="$packages" trixie "$partial" "$mirror" >"$root.log" 2>&1 ||
+  # In a mount namespace of its own, so that nothing stays mounted if it is killed.
+  unshare --mount --propagation private debootstrap --variant=minbase --include="$packages" trixie "$partial" "$mirror" >"$root.log" 2>&1 ||
     fail "debootstrap of trixie from $mirror failed: $(tail -n 1 "$root.log"); the whole log is $root.log"
   rm -rf "$partial"/var/cache/apt/archives/*.deb "$partial"/var/lib/apt/lists/*
   touch "$partial/.complete"
