@@ -115,7 +115,7 @@ compile_model(Path(sys.argv[1]), Path(sys.argv[2]), quant="f16", resume=True, pr
 
 
 def test_a_killed_compilation_goes_on(tmp_path: Path, demo_model: Path) -> None:
-    model = tiny_checkpoint("qwen2_moe", tmp_path / "model", demo_model / "tokenizer.json")
+    model = tiny_checkpoint("olmoe", tmp_path / "model", demo_model / "tokenizer.json")
     whole = compile_model(model, tmp_path / "whole", quant="f16")
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", COMPILE, str(model), str(out)], stdout=subprocess.PIPE, text=True)
@@ -188,7 +188,7 @@ compile_model(model, out, quant="f16", resume=True, progress=progress)
 @pytest.mark.slow
 def test_killed_at_one_place_after_the_other(tmp_path: Path, demo_model: Path) -> None:
     """SIGKILL leaves nothing to clean up in: what each run finds is what the last one had on its way to the disk."""
-    model = tiny_checkpoint("qwen2_moe", tmp_path / "model", demo_model / "tokenizer.json")
+    model = tiny_checkpoint("olmoe", tmp_path / "model", demo_model / "tokenizer.json")
     whole = compile_model(model, tmp_path / "whole", quant="f16")
     out = tmp_path / "out"
 
@@ -223,7 +223,7 @@ def test_killed_at_one_place_after_the_other(tmp_path: Path, demo_model: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_goes_on(number: signal.Signals, tmp_path: Path, demo_model: Path) -> None:
-    model = tiny_checkpoint("qwen2_moe", tmp_path / "model", demo_model / "tokenizer.json")
+    model = tiny_checkpoint("olmoe", tmp_path / "model", demo_model / "tokenizer.json")
     out, part = tmp_path / "out", tmp_path / ".out.cfmoe-part"
     command = [sys.executable, "-m", "cfmoe.cli", "compile", str(model), "--out", str(out), "--quant", "f16", "--resume"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
