@@ -25,7 +25,13 @@ def compile_command(
     model: Annotated[Path, typer.Argument(help="Checkpoint directory: config.json, tokenizer.json, *.safetensors.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The artifact directory to write.", show_default=False)],
     target: Annotated[
-        list[str] | None, typer.Option("--target", metavar="LIST", help="What to compile for: llvm (this CPU). [default: llvm]")
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="LIST",
+            help="What to compile for: llvm (this CPU), and vulkan, opencl or metal, each plain or with -adreno, -mali, -desktop. "
+            "[default: llvm]",
+        ),
     ] = None,
     quant: Annotated[
         Quant,

@@ -75,7 +75,8 @@ def resolve(name: str) -> CpuTarget:
     if name in by_name:
         return by_name[name]
     if name != "llvm":
-        raise CFMoEError(f"--target {name} is not available; available are llvm (this machine) and {', '.join(by_name)}")
+        gpus = "vulkan, opencl and metal, each with -adreno, -mali or -desktop"
+        raise CFMoEError(f"--target {name} is not available; available are llvm (this machine), {', '.join(by_name)}, and {gpus}")
     arch = host_arch()
     have = host_features()
     for target in CPU_TARGETS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,14 @@ def _shaders(functions: dict[str, tirx.PrimFunc], profile: Profile, kind: str) -
 def build_vulkan(functions: dict[str, tirx.PrimFunc], profile: Profile, dump: Path | None) -> KernelSet:
     """One SPIR-V module per kernel, one after the other; with `dump` their GLSL as well. Raises CFMoEError where a tool refuses one."""
     shaders = _shaders(functions, profile, "vulkan")
-    library, entries = bytearray(), {}
-    for name, shader in shaders.items():
-        if dump is not None:
-            dump.mkdir(parents=True, exist_ok=True)
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        for name, shader in shaders.items():
             (dump / f"{name}.comp").write_text(shader.source)
-        code = spirv.assemble(name, shader.source)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = pool.map(lambda shader: spirv.assemble(shader.name, shader.source), shaders.values())
+    library, entries = bytearray(), {}
+    for (name, shader), code in zip(shaders.items(), codes, strict=True):
         if dump is not None:
             (dump / f"{name}.spv").write_bytes(code)
         entries[name] = _entry(shader, (len(library), len(code)), spirv.entry_point(name))
