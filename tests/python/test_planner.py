@@ -13,7 +13,7 @@ from cfmoe.artifact import Artifact
 from cfmoe.compile import compile_model
 from cfmoe.compile.footprint import footprint_of_checkpoint
 from cfmoe.errors import CFMoEError
-from cfmoe.measure.bandwidth import _fit, file_speed
+from cfmoe.measure.bandwidth import _fit, file_speed, streaming_speed
 from cfmoe.planner import footprint
 from cfmoe.planner.calibrate import calibrate
 from cfmoe.planner.cost import Compute, Speed, predict, roofline
@@ -136,6 +136,7 @@ def test_file_speed_of_a_small_file(tmp_path: Path) -> None:
     path = tmp_path / "records"
     path.write_bytes(bytes(1 << 20))
     assert file_speed(path, (16384,), repeat=2).bytes_per_s > 0
+    assert streaming_speed(path, 16384, total=1 << 21) > 0
 
 
 def test_known_devices_are_sound_and_name_their_source() -> None:

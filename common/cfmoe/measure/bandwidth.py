@@ -8,8 +8,9 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,32 +76,21 @@ def file_speed(path: Path, sizes: Sequence[int], repeat: int = 24) -> StorageSpe
 
     One piece at a time and as many at once as two readers have in the engine: two, and four. Raises OSError.
     """
-    direct = hasattr(os, "O_DIRECT")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    except OSError:
-        direct = False  # tmpfs and some overlays refuse O_DIRECT
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if not direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    with _uncached(path) as (descriptor, direct):
         times = {}
         with ThreadPoolExecutor(_READERS) as readers:
             for size in sizes:
                 for count in (1, 2, 4):
                     times[count, size] = _read_time(readers, descriptor, path.stat().st_size, size, count, repeat)
         return StorageSpeed(*_fit(times), direct)
-    finally:
-        os.close(descriptor)
 
 
 def streaming_speed(path: Path, size: int, total: int = 1 << 30) -> float:
     """Bytes per second of two readers that are never idle, over `total` bytes of `path` in shuffled pieces of `size`, a multiple of 16 KiB.
 
-    Past the page cache. It is what storage could give to an engine that always has the next read waiting. Raises OSError.
+    It is what storage could give to an engine that always has the next read waiting. Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try:
+    with _uncached(path) as (descriptor, _):
         pieces = max(1, path.stat().st_size // size)
         places = random.Random(size).choices(range(pieces), k=max(_READERS, total // size))
 
@@ -113,6 +103,21 @@ def streaming_speed(path: Path, size: int, total: int = 1 << 30) -> float:
             start = time.perf_counter()
             list(readers.map(read, [places[first::_READERS] for first in range(_READERS)]))
             return len(places) * size / (time.perf_counter() - start)
+
+
+@contextmanager
+def _uncached(path: Path) -> Iterator[tuple[int, bool]]:
+    """A descriptor of `path` and whether reads of it go past the page cache; where they cannot, what the cache has of it is dropped."""
+    direct = hasattr(os, "O_DIRECT")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    except OSError:
+        direct = False  # tmpfs and some overlays refuse O_DIRECT
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        yield descriptor, direct
     finally:
         os.close(descriptor)
 
