@@ -18,6 +18,7 @@ from torch.nn import functional
 from cfmoe.tune.routers import RouterRecorder
 
 UNTOUCHED = ("proposals", "literature")
+VALIDATION = " (validation)"  # behind a domain's name: the documents that choices are made by
 
 
 # --- data -------------------------------------------------------------------------------------------------------------------------
@@ -43,6 +44,13 @@ def tokenise(path: Path, model: Path, kept: Path) -> dict[str, np.ndarray]:
         os.replace(beside, kept)
     with np.load(kept) as data:
         return {name: data[name] for name in data.files}
+
+
+def halves(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of every second document, from the first and from the second; a document ends with token 0."""
+    documents = np.split(stream, np.flatnonzero(stream == 0)[:-1] + 1)
+    empty = stream[:0]
+    return np.concatenate([empty, *documents[::2]]), np.concatenate([empty, *documents[1::2]])
 
 
 @dataclass

@@ -21,6 +21,7 @@ pytest.importorskip("peft")
 
 from cfmoe.errors import CFMoEError  # noqa: E402
 from cfmoe.tune import recipe as recipes  # noqa: E402
+from cfmoe.tune.average import TailAverage  # noqa: E402
 from cfmoe.tune.checkpoint import load_model  # noqa: E402
 from cfmoe.tune.elastic import load_adapter  # noqa: E402
 from cfmoe.tune.merged import save_merged  # noqa: E402
@@ -165,6 +166,38 @@ def test_adapters_are_averaged_and_scaled(base: Recipe, tmp_path: Path) -> None:
     assert not torch.equal(one["model.layers.0.mlp.gate.weight"], two["model.layers.0.mlp.gate.weight"])
 
 
+def test_the_mean_of_the_last_steps_is_kept(base: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, torch.Tensor] = {}
+    update = TailAverage.update
+
+    def watch(self: TailAverage, step: int) -> None:
+        update(self, step)
+        seen[step] = dict(self._parameters())["model.layers.0.mlp.gate.weight"].detach().clone()
+
+    monkeypatch.setattr(TailAverage, "update", watch)
+    recipe = replace(base, adapter="router", steps=4, average=0.75, learning_rate_floor=0.5)
+    follow(recipe)
+    merged = load_model(recipe.out / "merged", torch.device("cpu")).get_parameter("model.layers.0.mlp.gate.weight")
+    assert sorted(seen) == [1, 2, 3, 4]
+    torch.testing.assert_close(merged, (seen[2] + seen[3] + seen[4]) / 3)
+    assert not torch.allclose(merged, seen[4])
+
+
+def test_the_learning_rate_falls_to_its_floor(base: Recipe) -> None:
+    arguments = recipes.training_arguments(replace(base, learning_rate_floor=0.4, steps=20), torch.device("cpu"))
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = transformers.get_scheduler(
+        arguments.lr_scheduler_type, optimiser, 1, 20, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs
+    )
+    rates = []
+    for _ in range(20):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(1.0) and rates[10] == pytest.approx(0.7, abs=0.06)
+    assert optimiser.param_groups[0]["lr"] == pytest.approx(0.4)
+
+
 # --- what may not matter ----------------------------------------------------------------------------------------------------------
 
 
@@ -182,9 +215,11 @@ def test_activations_computed_twice_change_nothing(base: Recipe) -> None:
     assert losses(again) == pytest.approx(losses(kept), rel=1e-6)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(base: Recipe, monkeypatch: pytest.MonkeyPatch, adapter: str) -> None:
-    recipe = replace(base, adapter=adapter, steps=4, evaluate_every=2, quality_budget=0.01, aux_loss_alpha=0.0)
+@pytest.mark.parametrize(("adapter", "average"), [("lora", 0.75), ("full", 0.0)])
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(
+    base: Recipe, monkeypatch: pytest.MonkeyPatch, adapter: str, average: float
+) -> None:
+    recipe = replace(base, adapter=adapter, steps=4, evaluate_every=2, quality_budget=0.01, aux_loss_alpha=0.0, average=average)
     whole = follow(recipe)
     stopped = replace(recipe, out=base.out.with_name("stopped"))
 
@@ -275,19 +310,24 @@ def test_a_quality_budget_holds_on_held_out_data(base: Recipe, adapter: str, mon
     recipe = replace(base, adapter=adapter, quality_budget=0.002, distill=1.0, steps=8, aux_loss_alpha=0.0)
     summary = follow(recipe)
     assert 0 <= summary["adapter_scale"] < 1
-    assert summary["after"]["loss"] <= summary["before"]["loss"] + math.log1p(0.002)
+    decided = summary["validation_loss"]
+    assert decided["after"] <= decided["before"] + math.log1p(0.002)
     device = torch.device("cpu")
     model = load_model(recipe.out / "merged", device)
     _, held, pad = recipes.prepare_data(recipe, model)
-    nats = count = 0.0
-    for row in held:
-        batch = recipes.collate([row], pad, recipe.max_length)
-        with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        labels = batch["labels"][:, 1:].flatten()
-        nats += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum").item()
-        count += int((labels != -100).sum())
-    assert nats / count == pytest.approx(summary["after"]["loss"], rel=1e-5)  # what was written is what was scaled back
+    rows = summary["rows"]
+    assert rows["validation"] + rows["held_out"] == len(held)
+    # What was written is what was scaled back, and what is reported was measured on the rows that nothing was decided by.
+    for part, loss in ((held[1::2], decided["after"]), (held[::2], summary["after"]["loss"])):
+        nats = count = 0.0
+        for row in part:
+            batch = recipes.collate([row], pad, recipe.max_length)
+            with torch.no_grad():
+                logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            labels = batch["labels"][:, 1:].flatten()
+            nats += torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum").item()
+            count += int((labels != -100).sum())
+        assert nats / count == pytest.approx(loss, rel=1e-5)
 
 
 def test_balance_is_one_where_experts_are_used_alike() -> None:
@@ -319,6 +359,7 @@ def test_early_stopping_stops_and_keeps_the_best(base: Recipe) -> None:
         ({"adapter": "router", "elastic_threshold": 0.3}, "--elastic-threshold is for --adapter lora only"),
         ({"locality": "none", "quality_budget": 0.01}, "--quality-budget does nothing with --locality none"),
         ({"early_stopping": 2}, "--early-stopping needs --evaluate-every"),
+        ({"early_stopping": 2, "evaluate_every": 1, "average": 0.5}, "--early-stopping keeps one checkpoint and --average the mean"),
         ({"adapter": "dora", "locality": "jsd"}, "--adapter dora is none of .*; --locality jsd is none of none, js"),
         ({"max_length": 512}, "--max-length 512 is longer than the model's context of 64 tokens"),
         ({"task": "gsm", "data": None}, "task gsm is unknown; choose one of alpaca"),

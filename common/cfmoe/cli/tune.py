@@ -97,7 +97,19 @@ def tune(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=0.0, help="Highest; rises at first, then falls as a cosine.")
     ] = 5e-4,
+    learning_rate_floor: Annotated[
+        float, typer.Option("--learning-rate-floor", min=0.0, max=1.0, help="What it falls to, as a share of the highest.")
+    ] = 0.0,
     warmup: Annotated[float, typer.Option("--warmup", min=0.0, max=1.0, help="Share of the steps over which it rises.")] = 0.05,
+    average: Annotated[
+        float,
+        typer.Option(
+            "--average",
+            min=0.0,
+            max=1.0,
+            help="Keep the mean of what was trained over this share of the steps, the last ones; goes with a --learning-rate-floor of 0.4.",
+        ),
+    ] = 0.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; what is trained stays float32.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice rather than keep them.")
@@ -159,7 +171,9 @@ def tune(
         batch_size=batch_size,
         accumulate=accumulate,
         learning_rate=learning_rate,
+        learning_rate_floor=learning_rate_floor,
         warmup=warmup,
+        average=average,
         bf16=bf16,
         gradient_checkpointing=gradient_checkpointing,
         evaluate_every=evaluate_every,

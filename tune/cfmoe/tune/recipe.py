@@ -11,7 +11,8 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,20 @@ class Recipe:
     batch_size: int = 8
     accumulate: int = 1
     learning_rate: float = 5e-4
+    learning_rate_floor: float = 0.0
     warmup: float = 0.05
+    average: float = 0.0
     bf16: bool = False
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
     early_stopping: int | None = None
     seed: int = 0
     device: str = "auto"
+
+    @property
+    def decides_by_held_out(self) -> bool:
+        """Whether held-out data decides what is kept, so that what is reported has to be measured on other rows."""
+        return self.quality_budget is not None or self.early_stopping is not None
 
     @property
     def distill_share(self) -> float:
@@ -121,6 +129,8 @@ class Recipe:
             found.append("--own-text teaches nothing but what the base model says, so it needs --distill 1")
         if self.early_stopping is not None and self.evaluate_every is None:
             found.append("--early-stopping needs --evaluate-every")
+        if self.early_stopping is not None and self.average:
+            found.append("--early-stopping keeps one checkpoint and --average the mean of the last steps; choose one of them")
         return found
 
 
@@ -136,8 +146,9 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         _prepare_output(recipe, force, resume)
     transformers.set_seed(recipe.seed)  # adapters start at random
     device = pick_device(recipe.device)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # by which the first process alone would have the weights, until training
     arguments = training_arguments(recipe, device)  # starts the process group, which decides each process's device
-    model = _load(recipe, arguments.device)
+    model = _load(recipe, arguments)
     layers = find_moe_layers(model)
     train, held, pad = prepare_data(recipe, model)
     if recipe.own_text:
@@ -156,20 +167,29 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
     base = None
     if objective.needs_base and recipe.adapter != "lora":
         base = load_model(recipe.model, arguments.device, "bfloat16" if recipe.bf16 else "float32").requires_grad_(False)
-    trainer = LocalityTrainer(model, arguments, train, held, pad, recipe.max_length, objective, base, _callbacks(recipe, progress, first))
+    validation, reported = divide(held) if recipe.decides_by_held_out else (held, None)
+    callbacks = _callbacks(recipe, progress, first)
+    trainer = LocalityTrainer(
+        model, arguments, train, validation, pad, recipe.max_length, objective, base, callbacks, average=recipe.average
+    )
+    if recipe.quality_budget is not None and trainer.sharded:
+        raise CFMoEError("--quality-budget scales whole parameters back, and FSDP and DeepSpeed split them; leave it out, or use DDP")
     trainer.remove_callback(transformers.PrinterCallback)  # standard output is for the result
-    before = trainer.evaluate()
+    decided_by = {} if reported is None else {"before": trainer.evaluate()["eval_loss"]}
+    before = trainer.evaluate(reported)
     ecr_before = trainer.ecr_per_layer
     scale = None if recipe.quality_budget is None else Scale(model)
     result = trainer.train(resume_from_checkpoint=resume or None)
-    after = trainer.evaluate()
     share = 1.0
     if scale is not None and recipe.quality_budget is not None:
-        share, after = hold_budget(trainer, scale, before["eval_loss"] + math.log1p(recipe.quality_budget), after)
+        share = hold_budget(trainer, scale, decided_by["before"] + math.log1p(recipe.quality_budget))
+    if reported is not None:
+        decided_by["after"] = trainer.evaluate()["eval_loss"]
+    after = trainer.evaluate(reported)
     trained, everything = trainable_parameters(model)
     summary = {
         "recipe": _options(recipe),
-        "rows": {"train": len(train), "held_out": len(held)},
+        "rows": {"train": len(train), "held_out": len(held if reported is None else reported)},
         "trained_parameters": trained,
         "model_parameters": everything,
         "ranks": ranks,
@@ -179,10 +199,14 @@ def tune(recipe: Recipe, force: bool = False, resume: bool = False, progress: Pr
         "adapter_scale": share,
         "seconds": result.metrics["train_runtime"],
         "processes": arguments.world_size,
+        "distributed": trainer.accelerator.distributed_type.value,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "before": {key.removeprefix("eval_"): value for key, value in before.items()} | {"ecr_per_layer": ecr_before},
         "after": {key.removeprefix("eval_"): value for key, value in after.items()} | {"ecr_per_layer": trainer.ecr_per_layer},
     }
+    if reported is not None:
+        summary["rows"]["validation"] = len(validation)
+        summary["validation_loss"] = decided_by
     _write_results(recipe, trainer, summary, first)
     return summary if first else None
 
@@ -229,7 +253,8 @@ def training_arguments(recipe: Recipe, device: torch.device) -> transformers.Tra
         per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.learning_rate_floor},
         weight_decay=0.0,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -255,12 +280,34 @@ def training_arguments(recipe: Recipe, device: torch.device) -> transformers.Tra
     )
 
 
-def _load(recipe: Recipe, device: torch.device) -> Any:
-    # Full fine-tuning keeps its weights in float32 and computes in bfloat16; an adapter's frozen base need not.
-    half = recipe.bf16 and recipe.adapter != "full"
+def _load(recipe: Recipe, arguments: transformers.TrainingArguments) -> Any:
+    # Full fine-tuning keeps its weights in float32 and computes in bfloat16; an adapter's frozen base need not, except that
+    # FSDP shards parameters of one type.
+    half = recipe.bf16 and recipe.adapter != "full" and not _fsdp()
     if recipe.qlora:
         return load_four_bit(recipe.model, torch.bfloat16 if recipe.bf16 else torch.float32)
-    return load_model(recipe.model, device, "bfloat16" if half else "float32")
+    with _undivided(arguments):
+        return load_model(recipe.model, arguments.device, "bfloat16" if half else "float32")
+
+
+def _fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+@contextmanager
+def _undivided(arguments: transformers.TrainingArguments) -> Iterator[None]:
+    """Lets a model be loaded whole: ZeRO-3 would divide it among the processes at once, and it is measured before that."""
+    plugin = arguments.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(plugin.dschf)
 
 
 def prepare_data(recipe: Recipe, model: Any) -> tuple[list[Row], list[Row], int]:
@@ -337,25 +384,31 @@ def profile_rows(model: Any, layers: Sequence[MoELayer], rows: Sequence[Row], pa
     return (shared / max(1, pairs)).tolist()
 
 
-def hold_budget(trainer: LocalityTrainer, scale: Scale, limit: float, after: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """Scales back what was trained until the held-out loss is at most `limit`, by bisection; (share that is left, measurements).
+def divide(held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(validation, reported): every second held-out row to decide by, and the others, which nothing was chosen for."""
+    if len(held) < 2:
+        raise CFMoEError(
+            "--quality-budget and --early-stopping decide by held-out data and report on other, and only one row of it is there; "
+            "use a larger --held-out, a smaller --max-length or more data"
+        )
+    return list(held[1::2]), list(held[::2])
+
+
+def hold_budget(trainer: LocalityTrainer, scale: Scale, limit: float) -> float:
+    """Scales back what was trained until the validation loss is at most `limit`, by bisection; the share that is left.
 
     The weight that was chosen in training goes by the training data, which the model may know by heart.
     """
     scale.keep()
-    if after["eval_loss"] <= limit:
-        return 1.0, after
-    low, high, best = 0.0, 1.0, after
+    if trainer.evaluate()["eval_loss"] <= limit:
+        return 1.0
+    low, high = 0.0, 1.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         scale.set(middle)
-        measured = trainer.evaluate()
-        if measured["eval_loss"] <= limit:
-            low, best = middle, measured
-        else:
-            high = middle
+        low, high = (middle, high) if trainer.evaluate()["eval_loss"] <= limit else (low, middle)
     scale.set(low)
-    return low, best if low else trainer.evaluate()
+    return low
 
 
 def _objective(recipe: Recipe, layers: Sequence[MoELayer]) -> Objective:
@@ -411,11 +464,14 @@ def _write_results(recipe: Recipe, trainer: LocalityTrainer, summary: dict[str, 
     adapter = recipe.out / "adapter"
     if trainer.sharded:
         trainer.save_model(str(adapter))
+        if first:
+            (adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing here would open
     elif first:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), adapter)
     trainer.accelerator.wait_for_everyone()
     if first:
-        save_merged(recipe.model, adapter, recipe.out / "merged")
+        with _undivided(trainer.args):
+            save_merged(recipe.model, adapter, recipe.out / "merged")
         beside = recipe.out / "tune.json.tmp"
         beside.write_text(json.dumps(summary, indent=2) + "\n")
         os.replace(beside, recipe.out / "tune.json")

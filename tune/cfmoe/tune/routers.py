@@ -55,7 +55,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     counts = set(_config_integers(model, _EXPERT_COUNT))
     layers: list[MoELayer] = []
     for name, module in model.named_modules():
-        experts = _experts(module, counts)
+        experts = None if _unwrapped(module) is not module else _experts(module, counts)  # LoRA of rank 1 looks like a router
         if experts is None:
             continue
         count, children = experts

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cfmoe.errors import CFMoEError
+from cfmoe.tune.average import TailAverage
 from cfmoe.tune.data import IGNORED, Row, collate
 from cfmoe.tune.elastic import TRAINED, load_trained, trained_parameters
 from cfmoe.tune.locality import PADDING, Locality, has_predecessor, locality_loss
@@ -25,6 +26,7 @@ from cfmoe.tune.routers import RouterRecorder
 from cfmoe.tune.schedule import QualityBudget, weight_at
 
 _STATE = "locality_state.json"
+_MEAN = "mean.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def shared_experts(ids: Sequence[Tensor], segments: Tensor) -> Tensor:  # (layer
 class LocalityTrainer(transformers.Trainer):
     """Trains `model` on packed rows. `base` is the frozen base model where no adapter can be switched off to give it back.
 
+    With `average`, a share of the steps, `train` ends with the mean of what was trained over the last ones.
     Each log adds quality, locality, its weight and ECR; `evaluate` measures held-out loss and ECR exactly, each row once.
     """
 
@@ -98,6 +101,7 @@ class LocalityTrainer(transformers.Trainer):
         objective: Objective,
         base: nn.Module | None = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
+        average: float = 0.0,
     ) -> None:
         self.objective = objective
         self.base = base
@@ -122,6 +126,9 @@ class LocalityTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = True
         if self.args.n_gpu > 1:
             raise CFMoEError(f"{self.args.n_gpu} GPUs in one process are not supported; start one process for each with torchrun")
+        self.average = TailAverage(model, average, args.max_steps) if average else None
+        if self.average is not None and self.is_deepspeed_enabled:
+            raise CFMoEError("--average does not reach the parameters that DeepSpeed keeps; leave it out, or use DDP or FSDP")
         self._fresh = False  # whether `_excess` holds a step's
         self._forget()
 
@@ -143,7 +150,15 @@ class LocalityTrainer(transformers.Trainer):
             self.quality_budget.update(self._total(self._excess).item())
             self._excess.zero_()
             self._fresh = False
+        if self.average is not None:
+            self.average.update(self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> transformers.trainer_utils.TrainOutput:
+        result = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.apply()
+        return result
 
     def locality_weight(self) -> float:
         """λ of the current step."""
@@ -238,7 +253,10 @@ class LocalityTrainer(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Sequence[Row] | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out nats per token, perplexity and ECR, overall and the loss per domain; each process measures its share of the rows."""
+        """Held-out nats per token, perplexity and ECR, overall and the loss per domain; each process measures its share of the rows.
+
+        Of rows that are given, no log and no callback hears: nothing is to be decided by them.
+        """
         rows = self.held_rows if eval_dataset is None else eval_dataset
         domains = sorted({one.domain for row in rows for one in row})
         layers = len(self.recorder.layers)
@@ -267,8 +285,9 @@ class LocalityTrainer(transformers.Trainer):
         if domains != [""]:
             metrics |= {f"{metric_key_prefix}_loss_{domain}": (nats[i] / counts[i]).item() for i, domain in enumerate(domains)}
         self.ecr_per_layer: list[float] = ecr.tolist()
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if eval_dataset is None:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _measure(self, model: nn.Module, rows: list[Row], domains: list[str]) -> Tensor:
@@ -306,16 +325,27 @@ class LocalityTrainer(transformers.Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(trained_parameters(self.model), directory / TRAINED)
-        state = {} if self.quality_budget is None else self.quality_budget.state_dict()
+        state: dict[str, float | None] = {} if self.quality_budget is None else self.quality_budget.state_dict()
+        if self.average is not None:
+            save_file(self.average.state_dict(), directory / _MEAN)
+            state["averaged"] = self.average.count
         (directory / _STATE).write_text(json.dumps(state) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
+            if self.average is not None:
+                raise CFMoEError("--resume with --average needs whole parameters, and FSDP splits them; start anew, or leave out --average")
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED)
+        checkpoint = Path(resume_from_checkpoint)
+        load_trained(self.model, checkpoint / TRAINED)
+        state = json.loads((checkpoint / _STATE).read_text())
         if self.quality_budget is not None:
-            self.quality_budget.load_state_dict(json.loads((Path(resume_from_checkpoint) / _STATE).read_text()))
+            self.quality_budget.load_state_dict(state)
+        if self.average is not None:
+            from safetensors.torch import load_file
+
+            self.average.load_state_dict(load_file(checkpoint / _MEAN), int(state["averaged"]))
         self._forget()
 
     def _load_best_model(self) -> None:
