@@ -97,7 +97,6 @@ def gate_up(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> ti
             base = let("base", entry.record + tile * i32(2 * blocks * fmt.words32))
             start = let("row_start", row(load(rows_in, entry.list_begin)))
             values = shared("activated", TILE) if fmt.quantised else None
-            sums = shared("code_sums", GROUP // 4, "int32") if fmt.quantised else None
             gate, up = product.emit(slab, base, activation, start, x, y)
             with when(y == i32(0)):
                 gate, up = biased(slab, entry, tile, x, gate, up)
@@ -108,16 +107,8 @@ def gate_up(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> ti
                     store(values, x, value)
             if values is not None:
                 barrier()
-                group = let("group", entry.scratch * i32(width) + tile * i32(10))
-                writes = let("writes", T.And(y == i32(0), x < i32(GROUP // 4)))
-                with when(writes):
-                    _quantise_word(values, sums, scratch, group, x)
-                barrier()
-                with when(T.And(writes, x == i32(0))):
-                    total = load(sums, 0)
-                    for word in range(1, GROUP // 4):
-                        total = total + load(sums, word)
-                    store(scratch, group + i32(9), total)
+                with when(T.And(y == i32(0), x < i32(GROUP // 4))):
+                    _quantise_row(values, scratch, let("group", entry.scratch * i32(width) + tile * i32(10)), x)
 
     def prefill_body() -> None:
         (activation, rows_in, slab, scratch, work), (first, entries, most) = parameters(SCALARS, **names)
@@ -178,18 +169,20 @@ def _code(values: Buffer, at: Expr, inverse: Expr) -> Expr:
     return T.Cast("int32", rint(load(values, at) * inverse))
 
 
-def _quantise_word(values: Buffer, sums: Buffer, out: Buffer, group: Expr, word: Expr) -> None:
-    """One of eight threads: four codes and their sum; the first writes the scale as well."""
+def _quantise_row(values: Buffer, out: Buffer, group: Expr, word: Expr) -> None:
+    """Eight threads, one word each; the first writes scale and sum as well."""
     largest = _largest(values, i32(0))
     inverse = _inverse(largest)
-    codes = [let("code", _code(values, word * i32(4) + i32(place), inverse)) for place in range(4)]
-    packed = codes[0] & i32(255)
-    for place in range(1, 4):
-        packed = packed | ((codes[place] & i32(255)) << i32(8 * place))
+    packed = i32(0)
+    for place in range(4):
+        packed = packed | ((_code(values, word * i32(4) + i32(place), inverse) & i32(255)) << i32(8 * place))
     store(out, group + word, packed)
-    store(sums, word, codes[0] + codes[1] + codes[2] + codes[3])
     with when(word == i32(0)):
+        total = _code(values, i32(0), inverse)
+        for k in range(1, GROUP):
+            total = total + _code(values, i32(k), inverse)
         store(out, group + i32(8), float_to_bits(largest / f32(127.0)))
+        store(out, group + i32(9), total)
 
 
 def _quantise_rows(values: Buffer, out: Buffer, group: Expr, row: Expr) -> None:
