@@ -176,6 +176,7 @@ def main() -> None:
     running.add_argument("--worker", dest="deadline", type=float, help=argparse.SUPPRESS)
     reporting = commands.add_parser("report")
     reporting.add_argument("--out", type=Path, required=True)
+    reporting.add_argument("--only", help="rows to print: those whose name has this regular expression")
     reporting.add_argument("--picture", type=Path, help="PNG to draw")
     between = commands.add_parser("scale")
     for name in ("--model", "--train", "--eval", "--out"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def table(out: Path) -> list[dict[str, Any]]:
         longer = text == "corpus" and result["run"].get("steps", 0) > 300
         line["group"] = line["kind"] + (", longer" if longer else "") + (", own text" if text != "corpus" else "")
         line["text"] = f"{text} {quality}"
+        line["group"] += ", every weight" if line["adapter"] == "full" else ""
         line["group"] += ", mean of several" if line["adapter"] == "mean" else ""
         line["distilled"] = quality == "distill"
         line["settings"] = _settings(result["run"])
@@ -52,6 +54,7 @@ def table(out: Path) -> list[dict[str, Any]]:
 def _settings(run: dict[str, Any]) -> str:
     """What of a run is not as usual and has no column of its own."""
     usual = {"rank": 16, "lr": 1e-3, "release": 0.0, "budget": 0.0, "rank_budget": None, "threshold": None, "seed": 0}
+    usual |= {"floor": 0.0, "average": 0.0}
     other = {key: run[key] for key, value in usual.items() if key in run and run[key] != value}
     return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in (run.get("settings", {}) | other).items() if value)
 
@@ -80,7 +83,8 @@ def report(options: argparse.Namespace) -> None:
         picture(options.picture, lines)
     print("| " + " | ".join(columns.values()) + " |")
     print("|" + "---|" * len(columns))
-    for line in sorted(lines, key=lambda one: (one["adapter"], one["kind"], one["weight"] or 0)):
+    shown = [line for line in lines if options.only is None or re.search(options.only, line["name"])]
+    for line in sorted(shown, key=lambda one: (one["adapter"], one["kind"], one["weight"] or 0)):
         print("| " + " | ".join(f"{line[key]:,}" if isinstance(line.get(key), int) else str(line.get(key, "")) for key in columns) + " |")
 
 
@@ -92,8 +96,8 @@ def picture(path: Path, lines: list[dict[str, Any]]) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         if (
-            line["adapter"] in ("lora", "mean")
-            and line["kind"] != "none"
+            line["adapter"] in ("lora", "full", "mean")
+            and line["kind"] not in ("none", "l2")  # the last of the losses; eight colours are told apart
             and line["distilled"]
             and 0 <= line["perplexity_trained_percent"] <= 2.5
         ):
