@@ -14,15 +14,13 @@ import tempfile
 from pathlib import Path
 
 from cfmoe.errors import CFMoEError, os_error
+from cfmoe.package.android_app import build_app
 from cfmoe.package.android_tools import AndroidTools, Command, Progress, find_tools, run_tool
 from cfmoe.package.apk_archive import check_alignment, check_native, write_archive
 
-_STAGES = ("resources", "compile", "shrink", "archive", "sign")
+_STAGES = 5  # three of build_app, archive, signature
 _DEBUG_PASSWORD = "android"  # as of every Android debug key: it protects nothing
 _PASSWORD_VARIABLE, _ALIAS_VARIABLE = "CFMOE_KEYSTORE_PASSWORD", "CFMOE_KEY_ALIAS"
-_JVM = ("-Xmx1500m", "-XX:+UseSerialGC")  # Java would take more threads and memory than two cores thank for
-_BYTECODE = "11"  # of Kotlin's classes; newer ones mark sealed classes, which this R8 does not read
-_SETTINGS = ("cfmoe.applicationId", "cfmoe.versionName", "cfmoe.versionCode", "cfmoe.minSdk", "cfmoe.targetSdk")
 
 
 def build_apk(
@@ -41,7 +39,6 @@ def build_apk(
     is made once for this user. Raises CFMoEError with what is missing or wrong; then `out` is as before.
     """
     tools = find_tools()
-    settings = read_settings(app_dir)
     for name, path in native_libs.items():
         abi, _, file = name.partition("/")
         if not re.fullmatch(r"lib[\w.+-]+\.so", file):
@@ -53,100 +50,28 @@ def build_apk(
 
     def advance(stage: int) -> None:
         if progress is not None:
-            progress("Android app", stage, len(_STAGES))
+            progress("Android app", stage, _STAGES)
 
+    app = build_app(tools, app_dir, advance)
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-            work = Path(temporary)
-            advance(0)
-            base = link_resources(tools, app_dir, settings, work)
-            advance(1)
-            classes = compile_kotlin(tools, app_dir, work)
-            advance(2)
-            dex = _shrink(tools, app_dir, classes, int(settings["cfmoe.minSdk"]), work)
+            unsigned, signed = Path(temporary) / "unsigned.apk", Path(temporary) / "signed.apk"
             advance(3)
-            unsigned, signed = work / "unsigned.apk", work / "signed.apk"
-            write_archive(base, dex, native_libs, assets, unsigned)
-            advance(4)
+            write_archive(app.base, app.dex, native_libs, assets, unsigned)
             run_tool([tools.zipalign, "-c", "4", unsigned], "check the APK's alignment")
-            run_tool(
-                # Android 8 and newer read schemes 2 and 3; scheme 1 is for older ones.
-                [tools.apksigner, "sign", "--v1-signing-enabled", "false", *key.options, "--out", signed, unsigned],
-                "sign the APK",
-                key.environment,
-            )
+            advance(4)
+            # Android 8 and newer read schemes 2 and 3; scheme 1 is for older ones.
+            sign: Command = [tools.apksigner, "sign", "--v1-signing-enabled", "false", *key.options]
+            run_tool([*sign, "--out", signed, unsigned], "sign the APK", key.environment)
             run_tool([tools.apksigner, "verify", "-Werr", signed], "verify the APK's signature")
             check_alignment(signed)
             signed.replace(out)
     except OSError as error:
         raise os_error(error, error.filename or out, "write") from error
-    advance(len(_STAGES))
+    advance(_STAGES)
     return out
-
-
-def read_settings(app_dir: Path) -> dict[str, str]:
-    """The app's identity and versions, from its gradle.properties, where Gradle reads them too."""
-    path = app_dir / "gradle.properties"
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise os_error(error, path, "read") from error
-    pairs = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
-    missing = [name for name in _SETTINGS if name not in pairs]
-    if missing:
-        raise CFMoEError(f"{path} lacks {', '.join(missing)}; take the file from the app's sources")
-    return {name: pairs[name].strip() for name in _SETTINGS}
-
-
-def link_resources(tools: AndroidTools, app_dir: Path, settings: dict[str, str], work: Path) -> Path:
-    """Manifest and resources as aapt2 makes them, in `work`; returns that archive. Compiles the class R beside it."""
-    main = app_dir / "app" / "src" / "main"
-    manifest = work / "AndroidManifest.xml"
-    # Gradle takes the package from its own script, and refuses it here.
-    text = (main / "AndroidManifest.xml").read_text("utf-8")
-    manifest.write_text(text.replace("<manifest ", f'<manifest package="{settings["cfmoe.applicationId"]}" ', 1), "utf-8")
-    resources, base = work / "resources.zip", work / "base.apk"
-    run_tool([tools.aapt2, "compile", "--dir", main / "res", "-o", resources], "compile the app's resources")
-    version = ["--version-code", settings["cfmoe.versionCode"], "--version-name", settings["cfmoe.versionName"]]
-    version += ["--min-sdk-version", settings["cfmoe.minSdk"], "--target-sdk-version", settings["cfmoe.targetSdk"]]
-    command: Command = [tools.aapt2, "link", "-I", tools.framework, "--manifest", manifest, "--java", work / "generated", *version]
-    run_tool([*command, "-o", base, resources], "link the app's resources")
-    sources = sorted((work / "generated").rglob("*.java"))
-    java: Command = [tools.javac, "-nowarn", "-Xlint:-options", "-source", "8", "-target", "8", "-bootclasspath", tools.api]
-    run_tool([*java, "-d", work / "classes", *sources], "compile the names of the app's resources")
-    return base
-
-
-def compile_kotlin(tools: AndroidTools, app_dir: Path, work: Path) -> Path:
-    """The app's classes, compiled against Android's API alone, in a directory that holds the class R already."""
-    classes = work / "classes"
-    class_path = os.pathsep.join(map(str, (tools.api, tools.kotlin_stdlib, classes)))
-    run_kotlin(tools, [app_dir / "app" / "src" / "main" / "kotlin"], class_path, classes, ["-no-jdk"])
-    return classes
-
-
-def run_kotlin(tools: AndroidTools, sources: list[Path], class_path: str, out: Path, options: list[str]) -> None:
-    """Compiles Kotlin sources; warnings are errors. Raises CFMoEError with what the compiler says."""
-    command: Command = [tools.java, *_JVM, "-XX:TieredStopAtLevel=1", "-cp", tools.kotlin, "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"]
-    fixed = ["-no-reflect", "-no-stdlib", "-Werror", "-jvm-target", _BYTECODE]
-    run_tool([*command, *fixed, *options, "-cp", class_path, "-d", out, *sources], "compile the app")
-
-
-def _shrink(tools: AndroidTools, app_dir: Path, classes: Path, min_sdk: int, work: Path) -> list[Path]:
-    """The app and what it uses of Kotlin's library, as dex files."""
-    jar, dex = work / "app.jar", work / "dex"
-    shutil.make_archive(str(jar.with_suffix("")), "zip", classes)
-    jar.with_suffix(".zip").rename(jar)
-    dex.mkdir()
-    command: Command = [tools.java, *_JVM, "-cp", tools.bundletool, "com.android.tools.r8.R8", "--release", "--min-api", str(min_sdk)]
-    rules = app_dir / "app" / "proguard-rules.pro"
-    run_tool(
-        [*command, "--lib", tools.api, "--pg-conf", rules, "--output", dex, jar, tools.kotlin_stdlib],
-        "translate the app for Android",
-    )
-    return sorted(dex.glob("*.dex"))
 
 
 class _Key:

@@ -3,10 +3,15 @@ package org.cfmoe.app
 
 import java.io.File
 import java.io.IOException
+import java.io.OutputStream
+import java.time.Instant
+import java.time.temporal.ChronoUnit
 import java.util.concurrent.Executor
 import java.util.concurrent.atomic.AtomicBoolean
+import org.cfmoe.app.benchmark.BenchmarkContext
 import org.cfmoe.app.benchmark.BenchmarkPlan
 import org.cfmoe.app.benchmark.BenchmarkRun
+import org.cfmoe.app.benchmark.benchmarkJson
 import org.cfmoe.app.chat.Transcript
 import org.cfmoe.app.engine.Budget
 import org.cfmoe.app.engine.Engine
@@ -19,6 +24,8 @@ import org.cfmoe.app.engine.GenerateRequest
 import org.cfmoe.app.engine.Greeting
 import org.cfmoe.app.engine.LoadRequest
 import org.cfmoe.app.engine.Outcome
+import org.cfmoe.app.engine.Placement
+import org.cfmoe.app.engine.SIGKILL
 import org.cfmoe.app.models.ArtifactSource
 import org.cfmoe.app.models.ImportCancelled
 import org.cfmoe.app.models.Importer
@@ -51,26 +58,28 @@ class AppController(
     private val library: ModelLibrary,
     private val bundled: () -> List<BundledModel>,
     private val transcript: File,
+    val plan: BenchmarkPlan = BenchmarkPlan(),
 ) {
     /** One engine and the model that it was started for. */
-    private inner class Running(val model: ModelEntry, val device: String?) : EngineObserver {
+    private inner class Running(val model: ModelEntry, val placement: Placement) : EngineObserver {
         lateinit var engine: Engine
-        private var greeting: Greeting? = null
+        private lateinit var greeting: Greeting
+        private var asking = false // drivers of GPUs are at work
 
         override fun onReady(greeting: Greeting) {
             this.greeting = greeting
             if (this !== running) return
-            engine.load(LoadRequest(model.directory.path, device = device), ::onLoaded)
+            engine.load(LoadRequest(model.directory.path, placement = placement), ::onLoaded)
         }
 
         private fun onLoaded(outcome: Outcome<Event.Loaded>) {
             if (this !== running) return
             when (outcome) {
                 is Outcome.Success -> {
-                    val known = checkNotNull(greeting) { "an engine loads behind its greeting" }
                     contextLost = true
-                    store.dispatch(Action.EngineReady(model, known.version, outcome.value, known.devices))
+                    store.dispatch(Action.EngineReady(model, greeting.version, outcome.value))
                     refresh()
+                    if (driversWork) askDevices()
                 }
                 is Outcome.Failure -> if (outcome.error.kind != EngineError.Kind.ENDED) {
                     store.dispatch(Action.EngineRefused(model, outcome.error.message))
@@ -79,26 +88,44 @@ class AppController(
             }
         }
 
+        private fun askDevices() {
+            asking = true
+            engine.devices { outcome ->
+                if (outcome is Outcome.Success) {
+                    asking = false
+                    if (this === running) store.dispatch(Action.DevicesListed(outcome.value.devices))
+                }
+            }
+        }
+
         override fun onEnd(end: EngineEnd) {
             if (this !== running) return
+            if (asking && end != EngineEnd.Closed && end != EngineEnd.Killed(SIGKILL)) {
+                // A driver took the engine with it: the app goes on without asking for GPUs.
+                driversWork = false
+                next = model to Placement.CPU
+            }
             running = null
             benchmark = null
             budgetWanted = null
+            budgetGiven = null
             budgetAsked = false
             store.dispatch(Action.EngineEnded(end))
-            next?.let { (model, device) -> start(model, device) }
+            next?.let { (model, placement) -> start(model, placement) }
         }
     }
 
     private var running: Running? = null
-    private var next: Pair<ModelEntry, String?>? = null // to be opened when the running one has ended
+    private var lastPlacement = Placement.CPU
+    private var driversWork = true
+    private var next: Pair<ModelEntry, Placement>? = null // to be opened when the running one has ended
     private var contextLost = false // the engine knows nothing of the conversation that is shown
     private var polling = false
     private var budgetAsked = false
     private var budgetWanted: Long? = null
+    private var budgetGiven: Long? = null // what was in force before the system needed memory
     private var benchmark: BenchmarkRun? = null
     private var importCancelled = AtomicBoolean()
-    val plan = BenchmarkPlan()
 
     private val state: AppState
         get() = store.state
@@ -151,7 +178,19 @@ class AppController(
     fun giveMemoryBack() {
         val engine = running?.engine ?: return
         if (state.engine !is EngineState.Ready) return
-        engine.trim(0) { outcome -> if (outcome is Outcome.Success) store.dispatch(Action.MemoryGivenBack(outcome.value.memory)) }
+        val before = (state.engine as EngineState.Ready).memory.budget
+        engine.trim(0) { outcome ->
+            if (outcome is Outcome.Success) {
+                if (budgetGiven == null && outcome.value.memory.budget < before) budgetGiven = before
+                store.dispatch(Action.MemoryGivenBack(outcome.value.memory))
+            }
+        }
+    }
+
+    /** The app is in front again: what it gave back it asks for, so far as nobody has moved the budget since. */
+    fun inFront() {
+        val before = budgetGiven ?: return
+        setBudget(before)
     }
 
     fun choose(screen: Screen) = store.dispatch(Action.ScreenChosen(screen))
@@ -208,24 +247,25 @@ class AppController(
     // The engine.
 
     /** Opens `model` in an engine of its own; one that runs is ended before, so that the two do not need memory at once. */
-    fun open(model: ModelEntry, device: String? = null) {
-        val before = running ?: return start(model, device)
-        next = model to device
+    fun open(model: ModelEntry, placement: Placement = Placement.CPU) {
+        val before = running ?: return start(model, placement)
+        next = model to placement
         store.dispatch(Action.EngineOpening(model))
         before.engine.close()
     }
 
-    private fun start(model: ModelEntry, device: String?) {
+    private fun start(model: ModelEntry, placement: Placement) {
         next = null
+        lastPlacement = placement
         store.dispatch(Action.EngineOpening(model))
-        val started = Running(model, device)
+        val started = Running(model, placement)
         running = started
         started.engine = engines.start(started)
     }
 
     /** The same model again, after the engine has ended or with another device. */
-    fun restart(device: String? = running?.device) {
-        state.engine.modelOrNull?.let { open(it, device) }
+    fun restart(placement: Placement = lastPlacement) {
+        state.engine.modelOrNull?.let { open(it, placement) }
     }
 
     fun close() {
@@ -236,6 +276,7 @@ class AppController(
     /** Asks for a budget in bytes. While one is being set only the last of those that come is kept. */
     fun setBudget(bytes: Long) {
         if (state.engine !is EngineState.Ready) return
+        budgetGiven = null
         budgetWanted = bytes
         if (!budgetAsked) askBudget()
     }
@@ -343,6 +384,30 @@ class AppController(
 
     fun cancelBenchmark() {
         if (state.benchmark is BenchmarkState.Running) benchmark?.cancel()
+    }
+
+    /** Writes the results that are there to what `open` opens; `phone` and `system` say where they were measured. */
+    fun exportBenchmark(name: String, phone: String, system: String, open: () -> OutputStream) {
+        val finished = state.benchmark as? BenchmarkState.Finished ?: return
+        val engine = state.engine as? EngineState.Ready
+        val context = BenchmarkContext(
+            phone,
+            system,
+            engine?.version.orEmpty(),
+            state.engine.modelOrNull?.id.orEmpty(),
+            engine?.loaded?.placement ?: Placement.CPU,
+            Instant.now().truncatedTo(ChronoUnit.SECONDS).toString(),
+        )
+        val text = benchmarkJson(context, plan, finished.rows).toString(2) + "\n"
+        io.execute {
+            val notice = try {
+                open().use { it.write(text.toByteArray(Charsets.UTF_8)) }
+                Notice.Exported(name)
+            } catch (error: IOException) {
+                Notice.ExportFailed(error.message.orEmpty())
+            }
+            main.execute { tell(notice) }
+        }
     }
 
     private companion object {

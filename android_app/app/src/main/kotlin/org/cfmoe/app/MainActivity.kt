@@ -4,28 +4,23 @@ package org.cfmoe.app
 import android.app.Activity
 import android.content.ActivityNotFoundException
 import android.content.Intent
+import android.net.Uri
 import android.os.Build
 import android.os.Bundle
 import android.view.View
 import android.widget.Button
 import android.widget.TextView
-import java.io.IOException
-import java.text.SimpleDateFormat
-import java.util.Date
-import java.util.Locale
-import java.util.TimeZone
-import org.cfmoe.app.benchmark.BenchmarkContext
 import org.cfmoe.app.benchmark.BenchmarkScreen
-import org.cfmoe.app.benchmark.benchmarkJson
 import org.cfmoe.app.chat.ChatScreen
 import org.cfmoe.app.engine.EngineEnd
+import org.cfmoe.app.engine.SIGKILL
 import org.cfmoe.app.models.ModelsScreen
+import org.cfmoe.app.models.PickedArchive
 import org.cfmoe.app.models.PickedDirectory
-import org.cfmoe.app.models.pickedArchive
+import org.cfmoe.app.models.createPicked
 import org.cfmoe.app.panel.PanelScreen
 import org.cfmoe.app.panel.size
 import org.cfmoe.app.state.AppState
-import org.cfmoe.app.state.BenchmarkState
 import org.cfmoe.app.state.EngineState
 import org.cfmoe.app.state.Notice
 import org.cfmoe.app.state.Screen
@@ -69,6 +64,7 @@ class MainActivity : Activity() {
     override fun onStart() {
         super.onStart()
         subscription = app.store.subscribe(::show)
+        controller.inFront()
     }
 
     override fun onStop() {
@@ -117,6 +113,7 @@ class MainActivity : Activity() {
             is Notice.MemoryGivenBack -> getString(R.string.memory_given_back, size(this, notice.budget))
             is Notice.Imported -> getString(R.string.imported, notice.name)
             is Notice.Exported -> getString(R.string.exported, notice.name)
+            is Notice.ExportFailed -> getString(R.string.export_failed, notice.message)
             is Notice.Trouble -> notice.message
         }
 
@@ -160,40 +157,21 @@ class MainActivity : Activity() {
         if (resultCode != RESULT_OK || uri == null) return
         when (requestCode) {
             PICK_DIRECTORY -> controller.importModel(PickedDirectory(contentResolver, uri))
-            PICK_ARCHIVE -> controller.importModel(pickedArchive(contentResolver, uri))
+            PICK_ARCHIVE -> controller.importModel(PickedArchive(contentResolver, uri))
             PICK_EXPORT -> export(uri)
         }
     }
 
-    private fun export(uri: android.net.Uri) {
-        val state = app.store.state
-        val finished = state.benchmark as? BenchmarkState.Finished ?: return
-        val engine = state.engine as? EngineState.Ready
+    private fun export(uri: Uri) {
         val phone = "${Build.MANUFACTURER} ${Build.MODEL} (${Build.HARDWARE})"
-        val date = SimpleDateFormat("yyyy-MM-dd'T'HH:mm:ss'Z'", Locale.ROOT).apply { timeZone = TimeZone.getTimeZone("UTC") }.format(Date())
-        val context = BenchmarkContext(
-            phone,
-            "Android ${Build.VERSION.RELEASE} (API ${Build.VERSION.SDK_INT})",
-            engine?.version.orEmpty(),
-            state.engine.modelOrNull?.id.orEmpty(),
-            engine?.loaded?.device.orEmpty(),
-            date,
-        )
-        val text = benchmarkJson(context, controller.plan, finished.rows).toString(2) + "\n"
-        try {
-            val stream = contentResolver.openOutputStream(uri, "wt") ?: throw IOException(uri.toString())
-            stream.use { it.write(text.toByteArray(Charsets.UTF_8)) }
-            controller.tell(Notice.Exported(uri.lastPathSegment ?: uri.toString()))
-        } catch (error: IOException) {
-            controller.tell(Notice.Trouble(getString(R.string.export_failed, error.message.orEmpty())))
-        }
+        val system = "Android ${Build.VERSION.RELEASE} (API ${Build.VERSION.SDK_INT})"
+        controller.exportBenchmark(uri.lastPathSegment ?: uri.toString(), phone, system) { createPicked(contentResolver, uri) }
     }
 
     private companion object {
         const val PICK_DIRECTORY = 1
         const val PICK_ARCHIVE = 2
         const val PICK_EXPORT = 3
-        const val SIGKILL = 9
     }
 }
 

@@ -10,6 +10,7 @@ import org.cfmoe.app.engine.Memory
 import org.cfmoe.app.engine.ModelInfo
 import org.cfmoe.app.engine.Outcome
 import org.cfmoe.app.engine.Phase
+import org.cfmoe.app.engine.Placement
 import org.json.JSONArray
 import org.json.JSONObject
 
@@ -102,7 +103,14 @@ class BenchmarkRun(
 }
 
 /** What the export says of where it was measured. */
-data class BenchmarkContext(val phone: String, val system: String, val engine: String, val model: String, val device: String, val date: String)
+data class BenchmarkContext(
+    val phone: String,
+    val system: String,
+    val engine: String,
+    val model: String,
+    val placement: Placement,
+    val date: String,
+)
 
 /** The rows as JSON: fields as in docs/serve-stdio.md, in bytes, seconds and tokens/s. */
 fun benchmarkJson(context: BenchmarkContext, plan: BenchmarkPlan, rows: List<BenchmarkRow>): JSONObject =
@@ -113,7 +121,8 @@ fun benchmarkJson(context: BenchmarkContext, plan: BenchmarkPlan, rows: List<Ben
         .put("system", context.system)
         .put("engine", context.engine)
         .put("model", context.model)
-        .put("device", context.device)
+        .put("prefill_device", context.placement.prefill)
+        .put("decode_device", context.placement.decode)
         .put("date", context.date)
         .put("prompt_tokens", plan.promptTokens)
         .put("new_tokens", plan.newTokens)

@@ -6,6 +6,9 @@ package org.cfmoe.app.engine
  * which the engine gave them, and exactly once for each request. After the end every answer is an error of kind ENDED.
  */
 interface Engine : AutoCloseable {
+    /** What the engine can compute on. */
+    fun devices(reply: (Outcome<Event.Devices>) -> Unit)
+
     fun load(request: LoadRequest, reply: (Outcome<Event.Loaded>) -> Unit)
 
     /** Continues the conversation. `onToken` comes for each new token, before `reply`. */
@@ -38,12 +41,15 @@ interface EngineObserver {
     fun onEnd(end: EngineEnd)
 }
 
+/** How Android ends processes to have their memory. */
+const val SIGKILL = 9
+
 /** How an engine ended. */
 sealed interface EngineEnd {
     /** `close` was called. */
     data object Closed : EngineEnd
 
-    /** By a signal; 9 is how Android takes memory back. */
+    /** By a signal: by SIGKILL from outside, by others for a fault of its own. */
     data class Killed(val signal: Int) : EngineEnd
 
     /** By itself. `lastWords` is the end of what it wrote on standard error. */

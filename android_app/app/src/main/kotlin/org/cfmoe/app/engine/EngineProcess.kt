@@ -34,6 +34,8 @@ class EngineProcess private constructor(
     private val errors = Thread({ lastWords.keep(process.errorStream) }, "engine-errors")
     private val reader = Thread({ read() }, "engine-events")
 
+    override fun devices(reply: (Outcome<Event.Devices>) -> Unit) = send(Wire.operation("devices"), reply)
+
     override fun load(request: LoadRequest, reply: (Outcome<Event.Loaded>) -> Unit) = send(Wire.load(request), reply)
 
     override fun generate(request: GenerateRequest, onToken: (Event.Token) -> Unit, reply: (Outcome<Event.Done>) -> Unit) =
@@ -278,6 +280,8 @@ private class LastWords {
 /** Stands for an engine that could not be started. */
 private class NoEngine(private val callbacks: Executor, private val error: EngineError) : Engine {
     private fun <T> fail(reply: (Outcome<T>) -> Unit) = callbacks.execute { reply(Outcome.Failure(error)) }
+
+    override fun devices(reply: (Outcome<Event.Devices>) -> Unit) = fail(reply)
 
     override fun load(request: LoadRequest, reply: (Outcome<Event.Loaded>) -> Unit) = fail(reply)
 

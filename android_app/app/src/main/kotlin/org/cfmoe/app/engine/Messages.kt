@@ -3,15 +3,28 @@ package org.cfmoe.app.engine
 
 const val PROTOCOL_VERSION = 1
 
-/** A device that the engine can compute on, by the name that `load` takes. */
-data class Device(val name: String, val description: String) {
+/** The kind of a device by the name that `load` takes, and what its driver calls it; "" for the CPU. */
+data class Device(val kind: String, val name: String) {
     companion object {
-        const val CPU = "cpu"
+        val CPU = Device("cpu", "")
+    }
+}
+
+/** Which kind of device reads prompts, and which writes. */
+data class Placement(val prefill: String, val decode: String) {
+    companion object {
+        val CPU = Placement(Device.CPU.kind, Device.CPU.kind)
+
+        /** All that can be chosen: one device for both, or a GPU for prompts alone, which many phones are faster with. */
+        fun of(devices: List<Device>): List<Placement> {
+            val kinds = devices.map { it.kind }
+            return kinds.map { Placement(it, it) } + kinds.filter { it != Device.CPU.kind }.map { Placement(it, Device.CPU.kind) }
+        }
     }
 }
 
 /** The first line of an engine. */
-data class Greeting(val version: String, val policies: List<String>, val devices: List<Device>)
+data class Greeting(val version: String, val policies: List<String>)
 
 data class ModelInfo(
     val vocabSize: Int,
@@ -66,7 +79,7 @@ sealed interface Event {
         val memory: Memory,
         val io: String,
         val policy: String,
-        val device: String,
+        val placement: Placement,
         val warning: String,
         val hasText: Boolean,
         val textError: String,
@@ -90,6 +103,9 @@ sealed interface Event {
 
     /** `residents` has a line per MoE layer with one flag per expert; all but the id is null while nothing is loaded. */
     data class Report(override val id: Int?, val metrics: Metrics?, val memory: Memory?, val residents: List<BooleanArray>?) : Event
+
+    /** The first device of each kind; the CPU comes first. */
+    data class Devices(override val id: Int?, val devices: List<Device>) : Event
 
     data class Ok(override val id: Int?) : Event
 
@@ -131,7 +147,7 @@ sealed interface Budget {
     data object Everything : Budget
 }
 
-data class LoadRequest(val artifact: String, val budget: Budget = Budget.Everything, val device: String? = null, val threads: Int = 0)
+data class LoadRequest(val artifact: String, val budget: Budget = Budget.Everything, val placement: Placement = Placement.CPU)
 
 /** Exactly one of `prompt` and `tokens`. Temperature 0 is greedy. An empty `stopTokens` means none, null the model's. */
 data class GenerateRequest(

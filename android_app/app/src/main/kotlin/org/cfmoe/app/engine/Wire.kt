@@ -10,10 +10,11 @@ class ProtocolException(message: String, cause: Throwable? = null) : Exception(m
 
 internal object Wire {
     fun load(request: LoadRequest): JSONObject =
-        operation("load").put("artifact", request.artifact).putBudget(request.budget).apply {
-            if (request.device != null) put("device", request.device)
-            if (request.threads > 0) put("threads", request.threads)
-        }
+        operation("load")
+            .put("artifact", request.artifact)
+            .put("prefill_device", request.placement.prefill)
+            .put("decode_device", request.placement.decode)
+            .putBudget(request.budget)
 
     fun generate(request: GenerateRequest): JSONObject =
         operation("generate").apply {
@@ -49,18 +50,8 @@ internal object Wire {
                 throw ProtocolException("the engine speaks protocol $protocol, the app $PROTOCOL_VERSION: install both from one build")
             }
             val policies = json.getString("policies").split(',').map { it.trim() }.filter { it.isNotEmpty() }
-            Greeting(json.getString("version"), policies, devices(json.optJSONArray("devices")))
+            Greeting(json.getString("version"), policies)
         }
-
-    private fun devices(array: JSONArray?): List<Device> {
-        if (array == null) return listOf(Device(Device.CPU, ""))
-        return (0 until array.length()).map { index ->
-            when (val item = array.get(index)) {
-                is JSONObject -> Device(item.getString("name"), item.optString("description"))
-                else -> Device(item.toString(), "")
-            }
-        }
-    }
 
     /** Raises ProtocolException where `line` is no event of the protocol. Fields that are not known are ignored. */
     fun event(line: String): Event =
@@ -72,6 +63,7 @@ internal object Wire {
                 "loaded" -> loaded(id, json)
                 "budget" -> Event.BudgetSet(id, memory(json.getJSONObject("memory")))
                 "metrics" -> report(id, json)
+                "devices" -> devices(id, json.getJSONObject("devices"))
                 "ok" -> Event.Ok(id)
                 "error" -> Event.Failed(id, EngineError(kind(json.getString("kind")), json.getString("message")))
                 else -> throw ProtocolException("an unknown event $name")
@@ -106,11 +98,18 @@ internal object Wire {
             memory(json.getJSONObject("memory")),
             json.getString("io"),
             json.getString("policy"),
-            json.optString("device", Device.CPU),
+            Placement(json.getString("prefill_device"), json.getString("decode_device")),
             json.getString("warning"),
             json.getBoolean("text"),
             json.getString("text_error"),
         )
+    }
+
+    private fun devices(id: Int?, json: JSONObject): Event.Devices {
+        val gpus = json.keys().asSequence().sorted().mapNotNull { kind ->
+            json.getJSONArray(kind).optJSONObject(0)?.let { Device(kind, it.getString("name")) }
+        }
+        return Event.Devices(id, listOf(Device.CPU) + gpus)
     }
 
     private fun report(id: Int?, json: JSONObject): Event.Report {

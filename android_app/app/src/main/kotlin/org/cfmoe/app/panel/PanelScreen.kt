@@ -15,6 +15,7 @@ import org.cfmoe.app.R
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.Memory
 import org.cfmoe.app.engine.Phase
+import org.cfmoe.app.engine.Placement
 import org.cfmoe.app.setTextIfNew
 import org.cfmoe.app.state.AppState
 import org.cfmoe.app.state.EngineState
@@ -34,7 +35,8 @@ class PanelScreen(private val root: View, private val controller: AppController)
     private var scale = BudgetScale(0, 0)
     private var sliding = false
     private var devices: List<Device> = emptyList()
-    private var deviceInUse = ""
+    private var placements: List<Placement> = emptyList()
+    private var placementInUse: Placement? = null
 
     init {
         slider.max = BudgetScale.STEPS
@@ -56,8 +58,8 @@ class PanelScreen(private val root: View, private val controller: AppController)
         })
         deviceSpinner.onItemSelectedListener = object : AdapterView.OnItemSelectedListener {
             override fun onItemSelected(parent: AdapterView<*>, view: View?, position: Int, id: Long) {
-                val chosen = devices.getOrNull(position)?.name ?: return
-                if (chosen != deviceInUse) controller.restart(chosen)
+                val chosen = placements.getOrNull(position) ?: return
+                if (placementInUse != null && chosen != placementInUse) controller.restart(chosen)
             }
 
             override fun onNothingSelected(parent: AdapterView<*>) = Unit
@@ -98,18 +100,30 @@ class PanelScreen(private val root: View, private val controller: AppController)
     }
 
     private fun showDevices(ready: EngineState.Ready?, busy: Boolean) {
+        placementInUse = ready?.loaded?.placement
         val now = ready?.devices.orEmpty()
-        deviceInUse = ready?.loaded?.device.orEmpty()
         if (now != devices) {
             devices = now
-            val names = now.map { if (it.description.isEmpty()) it.name else "${it.name}: ${it.description}" }
-            val adapter = ArrayAdapter(context, android.R.layout.simple_spinner_item, names)
+            placements = Placement.of(now)
+            val adapter = ArrayAdapter(context, android.R.layout.simple_spinner_item, placements.map(::placementText))
             adapter.setDropDownViewResource(android.R.layout.simple_spinner_dropdown_item)
             deviceSpinner.adapter = adapter
         }
-        val used = devices.indexOfFirst { it.name == deviceInUse }
+        val used = placements.indexOf(placementInUse)
         if (used >= 0 && used != deviceSpinner.selectedItemPosition) deviceSpinner.setSelection(used)
-        deviceSpinner.isEnabled = devices.size > 1 && !busy
+        deviceSpinner.isEnabled = placements.size > 1 && !busy
+    }
+
+    private fun placementText(placement: Placement): String =
+        if (placement.prefill == placement.decode) {
+            deviceText(placement.decode)
+        } else {
+            context.getString(R.string.device_two, deviceText(placement.prefill), deviceText(placement.decode))
+        }
+
+    private fun deviceText(kind: String): String {
+        val name = devices.first { it.kind == kind }.name
+        return if (name.isEmpty()) kind else context.getString(R.string.device_named, kind, name)
     }
 
     private fun showSpeed(panel: PanelState) {

@@ -111,5 +111,7 @@ sealed interface Notice {
 
     data class Exported(val name: String) : Notice
 
+    data class ExportFailed(val message: String) : Notice
+
     data class Trouble(val message: String) : Notice
 }

@@ -24,7 +24,9 @@ sealed interface Action {
 
     data class EngineOpening(val model: ModelEntry) : Action
 
-    data class EngineReady(val model: ModelEntry, val version: String, val loaded: Event.Loaded, val devices: List<Device>) : Action
+    data class EngineReady(val model: ModelEntry, val version: String, val loaded: Event.Loaded) : Action
+
+    data class DevicesListed(val devices: List<Device>) : Action
 
     data class EngineRefused(val model: ModelEntry, val message: String) : Action
 
@@ -73,9 +75,10 @@ fun reduce(state: AppState, action: Action): AppState =
         is Action.EngineOpening ->
             state.copy(engine = EngineState.Opening(action.model), panel = PanelState(), benchmark = keptBenchmark(state.benchmark))
         is Action.EngineReady -> {
-            val ready = EngineState.Ready(action.model, action.version, action.loaded, action.loaded.memory, action.devices)
+            val ready = EngineState.Ready(action.model, action.version, action.loaded, action.loaded.memory, listOf(Device.CPU))
             state.copy(engine = ready, notice = action.loaded.warning.ifEmpty { null }?.let { Notice.FromEngine(it) } ?: state.notice)
         }
+        is Action.DevicesListed -> if (state.engine is EngineState.Ready) state.copy(engine = state.engine.copy(devices = action.devices)) else state
         is Action.EngineRefused -> state.copy(engine = EngineState.Refused(action.model, action.message))
         is Action.EngineEnded -> ended(state, action.end)
         is Action.ChatRestored -> state.copy(chat = ChatState(action.messages))
