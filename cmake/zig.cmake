@@ -14,10 +14,11 @@ string(REGEX MATCH "^[^-]+" CMAKE_SYSTEM_PROCESSOR "${CFMOE_ZIG_TARGET}")
 set(CMAKE_CXX_COMPILER "${CFMOE_ZIG}" c++)
 set(CMAKE_CXX_COMPILER_TARGET "${CFMOE_ZIG_TARGET}")
 set(CMAKE_CXX_FLAGS_INIT "-target ${CFMOE_ZIG_TARGET}")
+# To link, zig would first compile its libraries, in a mode that the build does not use.
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
 if(CFMOE_ZIG_TARGET MATCHES "-ios")
   # CMake's own iOS wants Xcode.
   set(CMAKE_SYSTEM_NAME Generic)
-  set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
   get_filename_component(zig_directory "${CFMOE_ZIG}" DIRECTORY)
   string(APPEND CMAKE_CXX_FLAGS_INIT " -isystem ${zig_directory}/lib/libc/include/any-darwin-any -fPIC")
   set(CMAKE_CXX_ARCHIVE_CREATE "\"${CFMOE_ZIG}\" ar --format=darwin qcs <TARGET> <OBJECTS>")

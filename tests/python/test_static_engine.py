@@ -78,11 +78,11 @@ def test_tokens_are_those_of_x86_64(cpu: str, program: Path, artifact: Path) -> 
         for prompt in PROMPTS:
             session.reset()
             expected = session.generate(Tokenizer(artifact).encode(prompt), 64, stop_tokens=[]).token_ids
-            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[])
+            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[], reset=True)
             assert tokens == expected, prompt
             session.reset()
             drawn = session.generate(Tokenizer(artifact).encode(prompt), 64, Sampling(temperature=1.5, seed=7), stop_tokens=[]).token_ids
-            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[], temperature=1.5, seed=7)
+            tokens, _, _ = process.generate(prompt=prompt, max_new_tokens=64, stop_tokens=[], temperature=1.5, seed=7, reset=True)
             assert tokens == drawn, prompt
 
 
