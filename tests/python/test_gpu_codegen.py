@@ -200,7 +200,9 @@ def test_subgroup_shuffle(device: VulkanDevice) -> None:
     np.testing.assert_array_equal(result, F.reshape(-1, 2)[:, ::-1].reshape(-1))
 
 
-@pytest.mark.parametrize("features", [frozenset(), frozenset({"float16"}), HALF], ids=["words", "float16", "storage16"])
+@pytest.mark.parametrize(
+    "features", [frozenset(), frozenset({"float16"}), frozenset({"storage16"}), HALF], ids=["words", "float16", "storage16", "both"]
+)
 def test_halves(device: VulkanDevice, features: frozenset[str]) -> None:
     """Loads, arithmetic and stores of fp16, single and in vectors, with and without what the device could have."""
 

@@ -59,6 +59,11 @@ _FUNCTIONS = {
     "fma": "fma",
 }
 _COMPONENTS = "xyzw"
+_PREFIXES = {"bool": "b", "int": "i", "uint": "u", "float": ""}  # of vectors
+
+
+def _vector(scalar: str, prefix: str, lanes: int) -> str:
+    return scalar if lanes == 1 else f"{prefix}vec{lanes}"
 
 
 @dataclass
@@ -124,13 +129,7 @@ class Expressions:
         half = dtype.kind == "float" and dtype.bits == 16 and self.has_half
         if half:
             self.halves = True
-        scalar, prefix = {
-            "bool": ("bool", "b"),
-            "int": ("int", "i"),
-            "uint": ("uint", "u"),
-            "float": ("float16_t", "f16") if half else ("float", ""),
-        }[dtype.kind]
-        return scalar if dtype.lanes == 1 else f"{prefix}vec{dtype.lanes}"
+        return _vector("float16_t", "f16", dtype.lanes) if half else _vector(dtype.kind, _PREFIXES[dtype.kind], dtype.lanes)
 
     def add_parameter(self, pointer: Any) -> None:
         dtype = Dtype.parse(str(pointer.ty.element_type))
@@ -190,9 +189,9 @@ class Expressions:
                 if self._in_words(p):
                     element = "uint"
                 elif p.dtype.bits == 16:
-                    element = "float16_t" if width == 1 else f"f16vec{width}"
+                    element = _vector("float16_t", "f16", width)
                 else:
-                    element = Expressions("", frozenset()).type_name(Dtype(p.dtype.kind, 32, width))
+                    element = _vector(p.dtype.kind, _PREFIXES[p.dtype.kind], width)
                 name = p.name if width == 1 else f"{p.name}_{width}"
                 block = f"Block_{name}"
                 lines.append(f"layout(set = 0, binding = {p.binding}, std430) {access}buffer {block} {{ {element} {name}[]; }};")
@@ -260,8 +259,7 @@ class Expressions:
         if not self._in_words(memory):
             cast = f"{self.type_name(Dtype('float', 16, width))}({text})" if memory.dtype.bits == 16 and self.has_half else text
             if memory.dtype.bits == 16 and not self.has_half:
-                self.halves = True
-                cast = f"float16_t({text})" if width == 1 else f"f16vec{width}({text})"
+                cast = f"{_vector('float16_t', 'f16', width)}({text})"
             return [f"{self._place(memory, width, first)} = {cast};"]
         memory.widths.add(1)
         at = self.text(first)
