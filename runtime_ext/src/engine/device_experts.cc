@@ -24,9 +24,9 @@ bool grid_of(const PlanKernel& kernel, std::span<const int32_t> scalars, std::ar
   return true;
 }
 
-DeviceExperts::DeviceExperts(device::Device& device, device::Recorder& recorder, DeviceWorkspace& workspace,
-                             const DeviceKernel& gate_up, const DeviceKernel& down)
-    : device_(device), recorder_(recorder), workspace_(workspace), gate_up_(gate_up), down_(down) {}
+DeviceExperts::DeviceExperts(Phase phase, device::Device& device, device::Recorder& recorder,
+                             DeviceWorkspace& workspace, const DeviceKernel& gate_up, const DeviceKernel& down)
+    : phase_(phase), device_(device), recorder_(recorder), workspace_(workspace), gate_up_(gate_up), down_(down) {}
 
 void DeviceExperts::bind(const device::View& activation, const device::View& rows, const device::View& scratch) {
   activation_ = activation;
@@ -35,7 +35,8 @@ void DeviceExperts::bind(const device::View& activation, const device::View& row
   // The host writes where kernels of the last step read.
   if (used_ > 0 && finished_ == recorder_.finished()) recorder_.finish();
   used_ = 0;
-  lists_sent_ = false;
+  // Decode's lists never change, and prefill sends them with its own.
+  if (phase_ == Phase::kPrefill) lists_sent_ = false;
 }
 
 const DeviceSlab::Bound& DeviceExperts::bound_to(const Slab& slab) {

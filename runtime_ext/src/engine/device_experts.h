@@ -24,7 +24,7 @@ struct DeviceKernel {
 
 class DeviceExperts final : public ExpertCompute {
  public:
-  DeviceExperts(device::Device& device, device::Recorder& recorder, DeviceWorkspace& workspace,
+  DeviceExperts(Phase phase, device::Device& device, device::Recorder& recorder, DeviceWorkspace& workspace,
                 const DeviceKernel& gate_up, const DeviceKernel& down);
 
   // The step whose waves follow: what the experts read, [n, …], what they write, [n * top_k, hidden], and what lies
@@ -36,6 +36,7 @@ class DeviceExperts final : public ExpertCompute {
  private:
   const DeviceSlab::Bound& bound_to(const Slab& slab);
 
+  Phase phase_;
   device::Device& device_;
   device::Recorder& recorder_;
   DeviceWorkspace& workspace_;

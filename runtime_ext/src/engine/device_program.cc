@@ -15,6 +15,13 @@ uint64_t largest_bytes(const PlanBuffer& buffer) {
   return bytes;
 }
 
+bool reads(const PlanProgram& program, int32_t buffer) {
+  return std::any_of(program.steps.begin(), program.steps.end(), [buffer](const PlanStep& step) {
+    return std::any_of(step.arguments.begin(), step.arguments.end(),
+                       [buffer](const PlanArgument& argument) { return argument.buffer == buffer; });
+  });
+}
+
 // Kernels read whole vectors of 16 bytes; buffers are padded for that.
 uint64_t whole(uint64_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -45,6 +52,7 @@ DeviceProgram::DeviceProgram(const PlanProgram& program, Phase phase, const Plan
   for (const PlanBuffer& buffer : program.buffers) buffers_.push_back(place(buffer));
   for (const PlanStep& in : program.steps) {
     Step& step = steps_.emplace_back();
+    if (in.op == StepOp::kRoute) step.ids_used = reads(program, in.ids);
     if (in.op != StepOp::kCall) continue;
     step.kernel = services_.kernels->get(in.kernel);
     std::vector<device::View> views;
@@ -94,7 +102,7 @@ void DeviceProgram::call(const PlanStep& plan, Step& step) {
     services_.recorder->dispatch(*step.bindings, step.scalars, groups);
 }
 
-void DeviceProgram::route(const PlanStep& plan) {
+void DeviceProgram::route(const PlanStep& plan, const Step& step) {
   DeviceWorkspace& workspace = *services_.workspace;
   const device::View logits = now(plan.logits), ids = now(plan.ids), weights = now(plan.weights);
   workspace.pull(*services_.recorder, logits);
@@ -103,7 +111,7 @@ void DeviceProgram::route(const PlanStep& plan) {
   services_.router->route(reinterpret_cast<const float*>(workspace.host(logits)), values_.n, stride,
                           reinterpret_cast<int32_t*>(workspace.host(ids)),
                           reinterpret_cast<float*>(workspace.host(weights)), plan.groups);
-  workspace.push(*services_.recorder, ids);
+  if (step.ids_used) workspace.push(*services_.recorder, ids);
   workspace.push(*services_.recorder, weights);
 }
 
@@ -135,7 +143,7 @@ void DeviceProgram::run(int64_t n, int64_t position) {
     const PlanStep& plan = program_.steps[i];
     switch (plan.op) {
       case StepOp::kCall: call(plan, steps_[i]); break;
-      case StepOp::kRoute: route(plan); break;
+      case StepOp::kRoute: route(plan, steps_[i]); break;
       case StepOp::kExperts: run_experts(plan); break;
     }
   }

@@ -63,12 +63,13 @@ class DeviceProgram final : public Program {
     DeviceKernel kernel;
     std::unique_ptr<device::Bindings> bindings;
     std::vector<int32_t> scalars;
+    bool ids_used = false;  // route: a kernel reads the ids
   };
   device::View place(const PlanBuffer& buffer) const;
   // The part of a buffer that holds this run's tokens.
   device::View now(int32_t buffer) const;
   void call(const PlanStep& plan, Step& step);
-  void route(const PlanStep& plan);
+  void route(const PlanStep& plan, const Step& step);
   void run_experts(const PlanStep& plan);
 
   const PlanProgram& program_;

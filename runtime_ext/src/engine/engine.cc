@@ -263,7 +263,7 @@ void Engine::make_device_programs() {
   device::Device& device = *placement_.device;
   const auto services = [&](Phase phase, const std::string& gate_up, const std::string& down) {
     std::unique_ptr<DeviceExperts>& compute = device_experts_[static_cast<size_t>(phase)];
-    compute = std::make_unique<DeviceExperts>(device, *device_recorder_, *device_workspace_,
+    compute = std::make_unique<DeviceExperts>(phase, device, *device_recorder_, *device_workspace_,
                                               device_kernels_->get(gate_up), device_kernels_->get(down));
     return DeviceServices{&device,       &*device_recorder_,  &*device_kernels_, &*memory_,   &*device_workspace_,
                           router_.get(), experts_step_.get(), compute.get(),     &cancelled_, &between_layers_};

@@ -133,6 +133,7 @@ class VulkanStream final : public Stream {
     VkFence fence = VK_NULL_HANDLE;
   };
   VkCommandBuffer commands();  // of the recording under way
+  void spin(VkFence fence) const;
   void destroy();
 
   VulkanCore& core_;

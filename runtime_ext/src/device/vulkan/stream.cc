@@ -1,4 +1,5 @@
 // Command buffers: recorded, submitted one after the other, used again once a wait has seen them end.
+#include <chrono>
 #include <limits>
 
 #include "device/vulkan/core.h"
@@ -9,6 +10,8 @@ namespace {
 
 constexpr VkPipelineStageFlags kWork = VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT;
 constexpr VkAccessFlags kWrites = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT;
+// A driver that sleeps takes some twenty microseconds to wake, and a decoded token waits once per layer.
+constexpr std::chrono::microseconds kSpin{200};
 constexpr VkAccessFlags kReads = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_TRANSFER_READ_BIT;
 
 }  // namespace
@@ -126,6 +129,7 @@ void VulkanStream::submit() {
 void VulkanStream::wait() {
   if (next_ == 0) return;
   // Each fence by itself: of one that was not waited for, nobody could say whether it may be used again.
+  if (core_.physical->facts.type != Type::kCpu) spin(recordings_[next_ - 1].fence);
   for (size_t i = next_; i-- > 0;) {
     const VkResult result = core_.api.vkWaitForFences(core_.device, 1, &recordings_[i].fence, VK_TRUE,
                                                       std::numeric_limits<uint64_t>::max());
@@ -136,6 +140,12 @@ void VulkanStream::wait() {
   if (recording_) std::swap(recordings_[0], recordings_[next_]);
   next_ = 0;
   core_.instance->check_messages();
+}
+
+void VulkanStream::spin(VkFence fence) const {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  while (core_.api.vkGetFenceStatus(core_.device, fence) == VK_NOT_READY && std::chrono::steady_clock::now() < end) {
+  }
 }
 
 void VulkanStream::mark() {
