@@ -34,7 +34,8 @@ from cfmoe.compile.kernels.builder import (
 )
 
 LANES = 16  # also the positions of one K block
-STREAMS = 4  # sums of products that run side by side; divides every head_dim
+# Sums of products that run side by side, because each waits for the one before: of as many query heads with the same keys, or of one.
+SUMS = 4
 NEGATIVE = -3.0e38
 # Multiply-adds of a decoded token's scores above which its heads are shared out among the threads.
 MIN_PARALLEL_SCORES = 1 << 18
@@ -59,6 +60,17 @@ class AttentionShape:
     eps: float
     kv_dtype: str
     rows: int | None = None
+
+    @property
+    def shared_heads(self) -> int:
+        """How many query heads are handled at once, for which keys and values are read once."""
+        group = self.heads // self.kv_heads
+        return max(count for count in range(1, SUMS + 1) if group % count == 0)
+
+    @property
+    def streams(self) -> int:
+        """How many sums a head's score is of. Divides head_dim, which is a multiple of 32."""
+        return SUMS // self.shared_heads
 
     @property
     def qkv_width(self) -> int:
@@ -106,12 +118,13 @@ def attention(name: str, shape: AttentionShape) -> tirx.PrimFunc:
                     store(values, T.Cast(f"{shape.kv_dtype}x{LANES}", value), head, place, at, lanes=LANES)
 
         def attend_all(parallel: bool) -> None:
-            with loop(n * i64(heads), parallel=parallel) as item:
-                row, head = let(T.floordiv(item, i64(heads))), let(T.floormod(item, i64(heads)))
-                query = local(dim)
-                rotate.emit(query, row, head, key=False)
-                sink = sinks[head] if sinks is not None else None
-                _attend(shape, query, out, keys, values, row, head, position, sink)
+            shared = shape.shared_heads
+            with loop(n * i64(heads // shared), parallel=parallel) as item:
+                row, first = let(T.floordiv(item, i64(heads // shared))), let(T.floormod(item, i64(heads // shared)) * i64(shared))
+                queries = [local(dim) for _ in range(shared)]
+                for offset, query in enumerate(queries):
+                    rotate.emit(query, row, let(first + i64(offset)), key=False)
+                _attend(shape, queries, out, keys, values, row, first, position, sinks)
 
         if shape.rows != 1:
             attend_all(parallel=True)
@@ -230,66 +243,90 @@ def rope(name: str, rows: int | None, width: int, amplitude: float) -> tirx.Prim
 
 def _attend(
     shape: AttentionShape,
-    query: Buffer,
+    queries: list[Buffer],
     out: Buffer,
     keys: Buffer,
     values: Buffer,
     row: Expr,
-    head: Expr,
+    first: Expr,
     position: Expr,
-    sink: Expr | None,
+    sinks: Buffer | None,
 ) -> None:
-    """Writes the attention output of `query` to out[row, head]."""
-    dim, value_dim = shape.head_dim, shape.value_dim
+    """Writes the attention outputs of `queries`, heads from `first` on that read the same keys and values, to out[row]."""
+    dim, value_dim, streams = shape.head_dim, shape.value_dim, shape.streams
     vector = f"float32x{LANES}"
-    first = let(head * i64(value_dim))
-    kv = let(T.floordiv(head, i64(shape.heads // shape.kv_heads)))
+    kv = let(T.floordiv(first, i64(shape.heads // shape.kv_heads)))
     last = let(position + row)
-    acc, weights, sums = local(value_dim), local(LANES), local(LANES)
-    maximum = local(1)
-    T.buffer_store(maximum, f32(NEGATIVE) if sink is None else sink, [i64(0)])
-    store(sums, splat(f32(0.0), LANES), i64(0), lanes=LANES)
-    if sink is not None:
-        T.buffer_store(sums, f32(1.0), [i64(0)])
-    with loop(value_dim // LANES) as j:
-        store(acc, splat(f32(0.0), LANES), j * i64(LANES), lanes=LANES)
-    # A sum waits for the one before: several of them side by side.
-    partial = [local(LANES) for _ in range(STREAMS)]
+    heads = [_Head(shape, query) for query in queries]
+    for offset, head in enumerate(heads):
+        head.begin(sinks[first + i64(offset)] if sinks is not None else None)
     oldest = let(T.max(last - i64(shape.window - 1), i64(0))) if shape.window else i64(0)
     begin = let(T.floordiv(oldest, i64(LANES))) if shape.window else i64(0)
     with T.serial(i64(0), T.floordiv(last, i64(LANES)) + i64(1) - begin) as step:
         block = let(begin + step)
-        for scores in partial:
-            store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
-        with loop(dim // STREAMS) as group:
-            for stream, scores in enumerate(partial):
-                d = let(group * i64(STREAMS) + i64(stream))
-                key = T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES))
-                store(scores, fma(splat(query[d], LANES), key, load(scores, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
-        pairs = [let(load(scores, i64(0), lanes=LANES)) for scores in partial]
-        while len(pairs) > 1:
-            pairs = [let(a + b) for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
-        scaled = let(rounded(pairs[0] * splat(f32(shape.scale), LANES), LANES))
+        for head in heads:
+            for scores in head.partial:
+                store(scores, splat(f32(0.0), LANES), i64(0), lanes=LANES)
+        with loop(dim // streams) as group:
+            for stream in range(streams):
+                d = let(group * i64(streams) + i64(stream))
+                key = let(T.Cast(vector, load(keys, kv, block, d, i64(0), lanes=LANES)))
+                for head in heads:
+                    scores = head.partial[stream]
+                    store(scores, fma(splat(head.query[d], LANES), key, load(scores, i64(0), lanes=LANES), LANES), i64(0), lanes=LANES)
         here = T.Ramp(T.Cast("int32", block * i64(LANES)), tirx.IntImm("int32", 1), LANES)
         seen = here <= splat(T.Cast("int32", last), LANES)
+        fades = [head.weigh(seen, (here, oldest) if shape.window else None) for head in heads]
+        with loop(value_dim // LANES) as j:
+            at = let(j * i64(LANES))
+            totals = [let(load(head.acc, at, lanes=LANES) * splat(fade, LANES)) for head, fade in zip(heads, fades, strict=True)]
+            for offset in range(LANES):
+                value = let(T.Cast(vector, load(values, kv, block * i64(LANES) + i64(offset), at, lanes=LANES)))
+                for number, head in enumerate(heads):
+                    totals[number] = let(fma(splat(head.weights[i64(offset)], LANES), value, totals[number], LANES))
+            for head, total in zip(heads, totals, strict=True):
+                store(head.acc, total, at, lanes=LANES)
+    for offset, head in enumerate(heads):
+        head.finish(out, row, let((first + i64(offset)) * i64(value_dim)))
+
+
+class _Head:
+    """What the online softmax of one query keeps."""
+
+    def __init__(self, shape: AttentionShape, query: Buffer) -> None:
+        self.shape, self.query = shape, query
+        self.acc, self.weights, self.sums, self.maximum = local(shape.value_dim), local(LANES), local(LANES), local(1)
+        self.partial = [local(LANES) for _ in range(shape.streams)]
+
+    def begin(self, sink: Expr | None) -> None:
+        T.buffer_store(self.maximum, f32(NEGATIVE) if sink is None else sink, [i64(0)])
+        store(self.sums, splat(f32(0.0), LANES), i64(0), lanes=LANES)
+        if sink is not None:
+            T.buffer_store(self.sums, f32(1.0), [i64(0)])
+        with loop(self.shape.value_dim // LANES) as j:
+            store(self.acc, splat(f32(0.0), LANES), j * i64(LANES), lanes=LANES)
+
+    def weigh(self, seen: Expr, window: tuple[Expr, Expr] | None) -> Expr:
+        """Turns scores into weights; returns by how much what was summed before fades."""
+        pairs = [let(load(scores, i64(0), lanes=LANES)) for scores in self.partial]
+        while len(pairs) > 1:
+            pairs = [let(a + b) for a, b in zip(pairs[0::2], pairs[1::2], strict=True)]
+        scaled = let(rounded(pairs[0] * splat(f32(self.shape.scale), LANES), LANES))
         masked = let(T.Select(seen, scaled, splat(f32(NEGATIVE), LANES)))
-        if shape.window:
+        if window is not None:
+            here, oldest = window
             masked = let(T.Select(here >= splat(T.Cast("int32", oldest), LANES), masked, splat(f32(NEGATIVE), LANES)))
-        old = let(maximum[i64(0)])
+        old = let(self.maximum[i64(0)])
         peak = let(T.max(old, reduce_max(masked)))
         fade = exp(old - peak, 1)
         p = exp(masked - splat(peak, LANES), LANES)
-        T.buffer_store(maximum, peak, [i64(0)])
-        store(sums, fma(load(sums, i64(0), lanes=LANES), splat(fade, LANES), p, LANES), i64(0), lanes=LANES)
-        store(weights, p, i64(0), lanes=LANES)
-        with loop(value_dim // LANES) as j:
+        T.buffer_store(self.maximum, peak, [i64(0)])
+        store(self.sums, fma(load(self.sums, i64(0), lanes=LANES), splat(fade, LANES), p, LANES), i64(0), lanes=LANES)
+        store(self.weights, p, i64(0), lanes=LANES)
+        return fade
+
+    def finish(self, out: Buffer, row: Expr, start: Expr) -> None:
+        whole = let(reduce_sum(load(self.sums, i64(0), lanes=LANES)))
+        with loop(self.shape.value_dim // LANES) as j:
             at = let(j * i64(LANES))
-            total = let(load(acc, at, lanes=LANES) * splat(fade, LANES))
-            for offset in range(LANES):
-                value = T.Cast(vector, load(values, kv, block * i64(LANES) + i64(offset), at, lanes=LANES))
-                total = let(fma(splat(weights[i64(offset)], LANES), value, total, LANES))
-            store(acc, total, at, lanes=LANES)
-    whole = let(reduce_sum(load(sums, i64(0), lanes=LANES)))
-    with loop(value_dim // LANES) as j:
-        at = let(j * i64(LANES))
-        store(out, load(acc, at, lanes=LANES) / splat(whole, LANES), row, first + at, lanes=LANES)
+            store(out, load(self.acc, at, lanes=LANES) / splat(whole, LANES), row, start + at, lanes=LANES)
