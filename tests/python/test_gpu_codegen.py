@@ -367,3 +367,20 @@ def test_what_glsl_cannot_say_is_refused() -> None:
 def test_a_shader_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(CFMoEError, match="refuses the shader of kernel broken"):
         spirv.assemble("broken", "#version 450\nvoid main() { nonsense }\n")
+
+
+def test_no_shuffle_inside_a_branch() -> None:
+    """Neither under an if nor in a lazy operand: on GPUs lanes that do not take part give garbage (lavapipe hides it)."""
+
+    def shuffled(x: Any) -> Any:
+        return b.extern("float32", "shuffle_xor", x, i32(1))
+
+    def branch() -> None:
+        (x, out), _ = b.parameters([], x="float32", out="float32")
+        with b.threads((1,), (THREADS,)) as (_, (thread,)), b.when(thread < i32(3)):
+            b.store(out, thread, shuffled(b.load(x, thread)))
+
+    features = frozenset({"subgroup_shuffle"})
+    for function in (b.build("kernel", branch), pointwise((F,), "float32", lambda x: T.Select(x > f32(0.0), shuffled(x), x))):
+        with pytest.raises(CFMoEError, match="shuffle_xor inside a branch"):
+            glsl.emit(function, "kernel", features, 0)

@@ -163,15 +163,18 @@ class _Writer:
             self._statement(node.body)
 
     def _while(self, node: Any) -> None:
-        with self._block(f"while ({self.expressions.text(node.condition)})"):
+        condition = self.expressions.text(node.condition)
+        with self.expressions.branch(), self._block(f"while ({condition})"):
             self._statement(node.body)
 
     def _ifthenelse(self, node: Any) -> None:
-        with self._block(f"if ({self.expressions.text(node.condition)})"):
-            self._statement(node.then_case)
-        if node.else_case is not None:
-            with self._block("else"):
-                self._statement(node.else_case)
+        condition = self.expressions.text(node.condition)
+        with self.expressions.branch():
+            with self._block(f"if ({condition})"):
+                self._statement(node.then_case)
+            if node.else_case is not None:
+                with self._block("else"):
+                    self._statement(node.else_case)
 
     def _evaluate(self, node: Any) -> None:
         if walk.constant(node.value) is not None:

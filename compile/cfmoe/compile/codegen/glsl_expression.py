@@ -7,7 +7,8 @@ Halves are float16_t where the target has float16, otherwise fp32 that is unpack
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,14 @@ class Expressions:
         self.taken: set[str] = set(glsl_helpers.RESERVED)
         self.used: dict[str, None] = {}
         self.halves = False
+        self.branches = 0  # around what is written now
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """What is written inside runs in some invocations alone."""
+        self.branches += 1
+        yield
+        self.branches -= 1
 
     # Names and types
 
@@ -350,14 +359,18 @@ class Expressions:
         return self._helper(helper, [node.a, node.b])
 
     def _helper(self, name: str, args: Any) -> str:
+        if name in glsl_helpers.CONVERGENT and self.branches:
+            raise self.unsupported(f"{name} inside a branch, where other invocations may be missing")
         self.used[name] = None
         return f"{name}({', '.join(self.text(a) for a in args)})"
 
     def _and(self, node: Any) -> str:
-        return f"({self.text(node.a)} && {self.text(node.b)})"
+        with self.branch():
+            return f"({self.text(node.a)} && {self.text(node.b)})"
 
     def _or(self, node: Any) -> str:
-        return f"({self.text(node.a)} || {self.text(node.b)})"
+        with self.branch():
+            return f"({self.text(node.a)} || {self.text(node.b)})"
 
     def _not(self, node: Any) -> str:
         return f"(!{self.text(node.a)})"
@@ -368,7 +381,12 @@ class Expressions:
     def _select(self, node: Any) -> str:
         if walk.dtype(node.condition).lanes > 1:
             return f"mix({self.text(node.false_value)}, {self.text(node.true_value)}, {self.text(node.condition)})"
-        return f"({self.text(node.condition)} ? {self.text(node.true_value)} : {self.text(node.false_value)})"
+        return self._lazy(node.condition, node.true_value, node.false_value)
+
+    def _lazy(self, condition: Any, true_value: Any, false_value: Any) -> str:
+        text = self.text(condition)
+        with self.branch():
+            return f"({text} ? {self.text(true_value)} : {self.text(false_value)})"
 
     def _ramp(self, node: Any) -> str:
         base, stride = self.text(node.base), self.text(node.stride)
@@ -401,7 +419,7 @@ class Expressions:
         if name == "bitwise_not":
             return f"(~{self.text(args[0])})"
         if name == "if_then_else":
-            return f"({self.text(args[0])} ? {self.text(args[1])} : {self.text(args[2])})"
+            return self._lazy(*args)
         if name == "likely":
             return self.text(args[0])
         if name == "reinterpret":

@@ -44,6 +44,7 @@ _SOURCES = {
 }
 _EXTENSIONS = {"shuffle_xor": ["GL_KHR_shader_subgroup_shuffle"]}
 NAMES = frozenset(_SOURCES)
+CONVERGENT = frozenset({"shuffle_xor"})  # what every invocation of a subgroup must reach together
 
 
 def source(name: str, features: frozenset[str]) -> str:

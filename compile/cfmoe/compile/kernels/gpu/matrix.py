@@ -159,14 +159,15 @@ class Gemv:
         parts = 1 if shuffles else SLICES
         memory = [shared(f"partial_{s}", parts * self.rows * TILE) for s in range(self.streams)]
         for buffer, partial in zip(acc, memory, strict=True):
-            values = [load(buffer, o) for o in range(QUAD)]
-            if shuffles:
-                for mask in (1, 2):
-                    values = [let("folded", v + T.call_pure_extern("float32", "shuffle_xor", v, i32(mask))) for v in values]
+            # Stored back, since TIR would move a bound value into the branch below, where a shuffle's other lanes are missing.
+            for mask in (1, 2) if shuffles else ():
+                for o in range(QUAD):
+                    value = load(buffer, o)
+                    store(buffer, o, value + T.call_pure_extern("float32", "shuffle_xor", value, i32(mask)))
             with when(slot == i32(0) if shuffles else None):
                 place = let("place", (y * i32(parts) + (i32(0) if shuffles else slot)) * i32(TILE) + quad * i32(QUAD))
                 for o in range(QUAD):
-                    store(partial, place + i32(o), values[o])
+                    store(partial, place + i32(o), load(buffer, o))
         barrier()
         if not shuffles:
             for partial in memory:
