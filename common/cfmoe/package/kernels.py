@@ -28,7 +28,7 @@ def phone_kernels(artifact: Artifact, triple: str | None = None, progress: Progr
     built = []
     for number, name in enumerate(ARM64):
         target = targets.resolve(name)
-        kept = native.cache_directory() / "kernels" / further_target.cache_key(artifact, target, triple)[:32]
+        kept = native.cache_directory() / "kernels" / further_target.cache_key(artifact, target, triple)
         if not kept.is_dir():
             if progress is not None:
                 progress("ARM64 kernels", number, len(ARM64))

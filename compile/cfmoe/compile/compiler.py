@@ -137,12 +137,13 @@ def build_target(
     document = plan.emit(mod, config, quantisation, chunk, parameters, TILE)
     (directory / "plan.json").write_bytes(json.dumps(document, separators=(",", ":")).encode())
     kernels = kernels_of(mod)
+    cpu_targets.build(kernels, target, directory / "kernels.so")
     folder = f"lib/{target.name}"
     entry = {
         "device": "cpu",
         "arch": target.arch,
         "features": list(target.features),
-        "kernel_set": cpu_targets.build(kernels, target, directory / "kernels.so"),
+        "kernel_set": decoder_facts.kernel_set(config, quantisation, chunk, target.name),
         "library": f"{folder}/kernels.so",
         "plan": f"{folder}/plan.json",
     }

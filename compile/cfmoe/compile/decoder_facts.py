@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import types
 import typing
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from cfmoe.compile.decoder_config import DecoderConfig
+from cfmoe.compile.decoder_config import DecoderConfig, Quantisation
 from cfmoe.compile.rope import KINDS
 from cfmoe.errors import CFMoEError
 
@@ -18,6 +22,23 @@ _LARGEST = 1 << 24  # above any size of a model
 def record(config: DecoderConfig) -> dict[str, Any]:
     """Plain JSON values; `restore` gives the equal configuration."""
     return dataclasses.asdict(config)
+
+
+def kernel_set(config: DecoderConfig, quantisation: Quantisation, chunk: int, target: str) -> str:
+    """The name of the kernels for `target`, a CPU's: a digest of all that they are made from, the compiler's own code included.
+
+    Not of what comes out, for how TVM and LLVM order and name things depends on what the process did before.
+    """
+    facts = record(config)
+    for name in ("family", "bos_token_id", "eos_token_ids"):
+        del facts[name]
+    made_from = [facts, quantisation.classes, quantisation.kv_dtype, chunk, target, metadata.version("apache-tvm")]
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode())
+    root = Path(__file__).parent
+    for source in sorted(root.rglob("*.py")):
+        if not source.is_relative_to(root / "codegen") and not source.is_relative_to(root / "kernels" / "gpu"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 def restore(value: object, source: str) -> DecoderConfig:

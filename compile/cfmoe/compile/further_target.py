@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cfmoe.artifact.reader import Artifact
 from cfmoe.compile import compiler, decoder_facts, targets
-from cfmoe.compile.decoder_config import Quantisation
+from cfmoe.compile.decoder_config import DecoderConfig, Quantisation
 from cfmoe.errors import CFMoEError
 
 
@@ -32,17 +30,20 @@ class FurtherTarget:
         return self.directory / "kernels.o"
 
 
-def cache_key(artifact: Artifact, target: targets.CpuTarget, triple: str | None) -> str:
-    """Everything that the files depend on, as a hexadecimal digest."""
-    digest = hashlib.sha256(f"{target.name} {triple} tvm {metadata.version('apache-tvm')}".encode())
-    root = Path(__file__).parent
-    for source in sorted(root.rglob("*.py")):
-        if not source.is_relative_to(root / "codegen") and not source.is_relative_to(root / "kernels" / "gpu"):
-            digest.update(source.read_bytes())
+def _config(artifact: Artifact) -> tuple[DecoderConfig, Quantisation, int]:
+    """What the kernels are made from. Raises CFMoEError where the manifest, of an older version, does not say it."""
     manifest = artifact.manifest
-    facts = [manifest.decoder, manifest.quantisation_preset, manifest.quantisation_classes, manifest.prefill_chunk]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()
+    if manifest.decoder is None:
+        raise CFMoEError(
+            f"{artifact.path}: its manifest has no decoder, from which kernels could be compiled; compile the model again with this version"
+        )
+    config = decoder_facts.restore(manifest.decoder, str(artifact.path / "manifest.json"))
+    return config, Quantisation(manifest.quantisation_preset, manifest.quantisation_classes), manifest.prefill_chunk
+
+
+def cache_key(artifact: Artifact, target: targets.CpuTarget, triple: str | None) -> str:
+    """Everything that the files depend on, as a name for a directory. Raises CFMoEError as `build` does."""
+    return f"{decoder_facts.kernel_set(*_config(artifact), target.name)[:32]}-{triple or 'linux'}"
 
 
 def build(artifact: Artifact, target: targets.CpuTarget, directory: Path, triple: str | None = None) -> None:
@@ -50,15 +51,7 @@ def build(artifact: Artifact, target: targets.CpuTarget, directory: Path, triple
 
     Raises CFMoEError where the manifest does not say enough, being of an older version.
     """
-    manifest = artifact.manifest
-    if manifest.decoder is None:
-        raise CFMoEError(
-            f"{artifact.path}: its manifest has no decoder, from which kernels for {target.name} could be compiled; "
-            "compile the model again with this version"
-        )
-    config = decoder_facts.restore(manifest.decoder, str(artifact.path / "manifest.json"))
-    quantisation = Quantisation(manifest.quantisation_preset, manifest.quantisation_classes)
-    entry, kernels = compiler.build_target(target, config, quantisation, manifest.prefill_chunk, directory)
+    entry, kernels = compiler.build_target(target, *_config(artifact), directory)
     targets.build_static(kernels, target, entry["kernel_set"], directory / "kernels.o", triple)
     (directory / "entry.json").write_text(json.dumps(entry))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import platform
 import shutil
@@ -85,21 +84,13 @@ def resolve(name: str) -> CpuTarget:
     raise CFMoEError(f"--target llvm: no CPU target for this machine ({arch}); available are {', '.join(by_name)}")
 
 
-def build(mod: tvm.IRModule, target: CpuTarget, out: Path) -> str:
-    """Compiles the PrimFuncs of `mod` into the shared library `out`; returns the SHA-256 of their object file, which names the kernel set.
-
-    Not of their text: how TVM and LLVM print names depends on what the process did before. Raises CFMoEError where no linker for the target
-    is at hand.
-    """
+def build(mod: tvm.IRModule, target: CpuTarget, out: Path) -> None:
+    """Compiles the PrimFuncs of `mod` into the shared library `out`. Raises CFMoEError where no linker for the target is at hand."""
     with tvm.transform.PassContext(opt_level=3):
         module = tvm.compile(mod, target=target.tvm_target())
-    unlinked = out.with_suffix(".o")
-    module.mod.write_to_file(str(unlinked), "o")
-    kernel_set = hashlib.sha256(unlinked.read_bytes()).hexdigest()
-    unlinked.unlink()
     if target.arch == host_arch():
         module.export_library(str(out), options=list(_LINK_OPTIONS) if sys.platform == "linux" else None)
-        return kernel_set
+        return
     command = _cross_linker(target.arch)
 
     def link(output: str, objects: Sequence[str] | str, *_args: object, **_kwargs: object) -> None:
@@ -109,7 +100,6 @@ def build(mod: tvm.IRModule, target: CpuTarget, out: Path) -> str:
             raise CFMoEError(f"{command[0]} cannot link the kernels of {target.name}: {' '.join(done.stderr.split())}")
 
     module.export_library(str(out), fcompile=link)
-    return kernel_set
 
 
 def static_prefix(kernel_set: str, target: CpuTarget) -> str:
