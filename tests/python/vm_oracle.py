@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,16 +38,15 @@ VM_PASSES = (
     transform.AttachGlobalSymbol,
 )
 
-# The runtime's router takes exp from the C library; numpy's own differs from it in the last bit.
-_expf = ctypes.CDLL(ctypes.util.find_library("m")).expf
-_expf.argtypes, _expf.restype = [ctypes.c_float], ctypes.c_float
-
 
 def route(logits: np.ndarray, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32, weights fp32) of one token's experts by descending score, ties to the lower id. Sums run from left to right."""
+    """(ids int32, weights fp32) of one token's experts by descending score, ties to the lower id. Sums run from left to right.
+
+    The runtime's exponential is one of fp64, rounded: numpy's of fp32 differs from it in the last bit.
+    """
     logits = logits[: config.num_experts]
     sigmoid = config.router_score == "sigmoid"
-    scores = np.array([_expf(v) for v in (-logits if sigmoid else logits - logits.max())], np.float32)
+    scores = np.exp((-logits if sigmoid else logits - logits.max()).astype(np.float64)).astype(np.float32)
     scores = np.float32(1) / (np.float32(1) + scores) if sigmoid else scores / np.cumsum(scores)[-1]
     allowed = scores.reshape(config.router_groups, -1).copy()
     allowed[np.argsort(-allowed.max(1), kind="stable")[config.router_top_groups :]] = -2
