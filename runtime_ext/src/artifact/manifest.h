@@ -20,7 +20,7 @@ struct TargetEntry {
   std::string arch;    // x86_64, aarch64; generic for a GPU
   std::vector<std::string> features;
   std::string kernel_set;  // names its kernels
-  std::string library;  // relative paths, checked to stay inside the artifact
+  std::string library;     // relative paths, checked to stay inside the artifact
   std::string plan;
 };
 
