@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the app's Swift sources on Linux: all of them parse for arm64-apple-ios, and the app type-checks against tools/stubs and the built CFMoEKit.
+# Checks the app's Swift sources on Linux: all of them parse for arm64-apple-ios, and the app type-checks against tools/stubs and the
+# built CFMoEKit.
 # Run in a Swift root as: check_sources.sh BUILD, where BUILD is the scratch path of a `swift build` of CFMoEKit. Needs nothing of Apple's.
 # $CFMOE_REPLACE names a file that is checked in place of the app's of the same name.
 set -euo pipefail
@@ -28,6 +29,6 @@ mapfile -t app_sources < <(find "$app" -name '*.swift' | sort)
 for i in "${!app_sources[@]}"; do
   [ "${app_sources[i]##*/}" = "${CFMOE_REPLACE##*/}" ] && app_sources[i]=$CFMOE_REPLACE
 done
-swiftc -typecheck -parse-as-library -swift-version 6 -warnings-as-errors -module-name CFMoE -I "$stubs" -I "$modules" -I "$kit/Sources/CCFMoE" \
-  -I "$kit/Sources/CZlib" -Xfrontend -import-module -Xfrontend AppleFoundation "${app_sources[@]}"
+swiftc -typecheck -parse-as-library -swift-version 6 -warnings-as-errors -module-name CFMoE \
+  -I "$stubs" -I "$modules" -I "$kit/Sources/CCFMoE" -I "$kit/Sources/CZlib" -Xfrontend -import-module -Xfrontend AppleFoundation "${app_sources[@]}"
 echo "type-checked ${#app_sources[@]} sources of the app against the stubs"

@@ -1,4 +1,5 @@
-// Runs kernels of kernels.metal, compiled as C++, on the CPU: a workgroup's threads are fibers that take turns at barriers. For tests alone.
+// Runs kernels of kernels.metal, compiled as C++, on the CPU: a workgroup's threads are fibers that take turns at barriers. For tests
+// alone.
 #include <ucontext.h>
 
 #include <cstdint>

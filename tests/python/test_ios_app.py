@@ -376,6 +376,11 @@ def test_the_app_parses_and_type_checks(tmp_path: Path) -> None:
     checked = _in_swift_root(check, [])
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "parsed" in checked.stdout and "type-checked" in checked.stdout
+    # Formatted as .swift-format says: formatting again changes nothing.
+    swift_files = [*(APP / "CFMoE").rglob("*.swift"), *KIT.rglob("Sources/**/*.swift"), *KIT.rglob("Tests/**/*.swift")]
+    formatter = ["swift", "format", "--configuration", APP / ".swift-format"]
+    formatted = _in_swift_root([*formatter, *swift_files], [])
+    assert formatted.stdout == "".join(path.read_text() for path in swift_files), "run swift format -i"
     # A wrong call of the package, and one of SwiftUI, are noticed.
     for right, wrong in (("residents.count)", "residents.count(ofRow: 1))"), (".frame(height:", ".frame(tall:")):
         path = APP / "CFMoE" / "Views" / "HeatMapView.swift"

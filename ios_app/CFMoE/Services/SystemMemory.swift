@@ -3,7 +3,8 @@ import Foundation
 import UIKit
 import os
 
-/// Bytes until the system ends the app. The entitlement increased-memory-limit raises them. 0 where there is no limit (the simulator): unknown then.
+/// Bytes until the system ends the app. The entitlement increased-memory-limit raises them. 0 where there is no limit (the simulator):
+/// unknown then.
 @Sendable func availableMemory() -> UInt64? {
   let bytes = os_proc_available_memory()
   return bytes > 0 ? UInt64(bytes) : nil

@@ -38,7 +38,9 @@ struct BenchmarkView: View {
     .fileExporter(isPresented: isExporting, document: exported, contentType: .json, defaultFilename: "cfmoe-benchmark") { _ in }
   }
 
-  private var isExporting: Binding<Bool> { Binding(get: { @MainActor in exported != nil }, set: { @MainActor in if !$0 { exported = nil } }) }
+  private var isExporting: Binding<Bool> {
+    Binding(get: { @MainActor in exported != nil }, set: { @MainActor in if !$0 { exported = nil } })
+  }
 }
 
 private struct ResultRow: View {

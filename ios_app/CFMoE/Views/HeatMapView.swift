@@ -20,7 +20,11 @@ struct HeatMapView: View {
       }
       .frame(height: Double(min(max(residents.layers, 1) * 14, 400)))
       .accessibilityHidden(true)
-      Text("\(residents.count) of \(residents.layers * residents.experts) experts are in memory, in \(residents.layers) layers (a row each)").font(.footnote)
+      Text(caption).font(.footnote)
     }
+  }
+
+  private var caption: String {
+    "\(residents.count) of \(residents.layers * residents.experts) experts are in memory, in \(residents.layers) layers (a row each)"
   }
 }

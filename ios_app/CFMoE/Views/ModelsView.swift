@@ -51,7 +51,9 @@ struct ModelsView: View {
     }
   }
 
-  private var isDeleting: Binding<Bool> { Binding(get: { @MainActor in toDelete != nil }, set: { @MainActor in if !$0 { toDelete = nil } }) }
+  private var isDeleting: Binding<Bool> {
+    Binding(get: { @MainActor in toDelete != nil }, set: { @MainActor in if !$0 { toDelete = nil } })
+  }
 }
 
 private struct ModelRow: View {

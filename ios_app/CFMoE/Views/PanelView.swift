@@ -70,7 +70,8 @@ private struct BudgetSlider: View {
           wanted = nil
         }
       }
-      Text("\(sizeText(wanted ?? Double(panel.budgetBytes))), room for \(memory.expertSlots) of \(memory.expertTotal) experts").font(.footnote)
+      Text("\(sizeText(wanted ?? Double(panel.budgetBytes))), room for \(memory.expertSlots) of \(memory.expertTotal) experts")
+        .font(.footnote)
       if let available = panel.availableBytes {
         Text("\(sizeText(available)) more until the system ends the app").font(.caption).foregroundColor(.secondary)
       }
@@ -90,7 +91,9 @@ private struct MemoryBar: View {
     VStack(alignment: .leading) {
       Canvas { context, size in
         let parts: [(UInt64, Color)] = [
-          (memory.weightsBytes, .memoryWeights), (memory.kvBytes + memory.workspaceBytes + memory.arenaBytes, .memoryConversation), (memory.poolBytes, .memoryExperts),
+          (memory.weightsBytes, .memoryWeights),
+          (memory.kvBytes + memory.workspaceBytes + memory.arenaBytes, .memoryConversation),
+          (memory.poolBytes, .memoryExperts),
         ]
         let whole = Double(max(memory.budgetBytes, 1))
         var x = 0.0
@@ -102,7 +105,10 @@ private struct MemoryBar: View {
       }
       .frame(height: 16)
       .accessibilityHidden(true)
-      Text("\(sizeText(memory.weightsBytes)) weights, \(sizeText(memory.poolBytes)) experts, of a budget of \(sizeText(memory.budgetBytes))").font(.footnote)
+      Text(
+        "\(sizeText(memory.weightsBytes)) weights, \(sizeText(memory.poolBytes)) experts, of a budget of \(sizeText(memory.budgetBytes))"
+      )
+      .font(.footnote)
     }
   }
 }

@@ -1,4 +1,5 @@
-// The part of SwiftUI that the app uses, declared so that the compiler on Linux can check every call's types. Declarations only: nothing here draws.
+// The part of SwiftUI that the app uses, declared so that the compiler on Linux can check every call's types. Declarations only: nothing
+// here draws.
 @_exported import Foundation
 import UniformTypeIdentifiers
 
@@ -26,7 +27,8 @@ public protocol ObservableObject: AnyObject {}
 }
 
 @propertyWrapper @dynamicMemberLookup public struct Binding<Value> {
-  @preconcurrency public init(get: @escaping @isolated(any) @Sendable () -> Value, set: @escaping @isolated(any) @Sendable (Value) -> Void) {}
+  @preconcurrency public init(get: @escaping @isolated(any) @Sendable () -> Value, set: @escaping @isolated(any) @Sendable (Value) -> Void)
+  {}
   public var wrappedValue: Value {
     get { declared() }
     nonmutating set {}
@@ -142,7 +144,8 @@ extension ProgressView where Label == EmptyView, CurrentValueLabel == EmptyView 
 }
 public struct Slider<Label: View, ValueLabel: View>: Primitive {
   public init<Value: BinaryFloatingPoint>(
-    value: Binding<Value>, in bounds: ClosedRange<Value> = 0...1, @ViewBuilder label: () -> Label, @ViewBuilder minimumValueLabel: () -> ValueLabel,
+    value: Binding<Value>, in bounds: ClosedRange<Value> = 0...1, @ViewBuilder label: () -> Label,
+    @ViewBuilder minimumValueLabel: () -> ValueLabel,
     @ViewBuilder maximumValueLabel: () -> ValueLabel, onEditingChanged: @escaping (Bool) -> Void = { _ in }
   ) where Value.Stride: BinaryFloatingPoint {}
 }
@@ -156,7 +159,8 @@ extension Picker where Label == Text {
 public protocol ShapeStyle {}
 public struct Color: Primitive, Hashable, Sendable, ShapeStyle {
   nonisolated public init(red: Double, green: Double, blue: Double, opacity: Double = 1) {}
-  public static let accentColor = Self(red: 0, green: 0, blue: 0), secondary = Self(red: 0, green: 0, blue: 0), orange = Self(red: 0, green: 0, blue: 0)
+  public static let accentColor = Self(red: 0, green: 0, blue: 0), secondary = Self(red: 0, green: 0, blue: 0),
+    orange = Self(red: 0, green: 0, blue: 0)
   nonisolated public func opacity(_ opacity: Double) -> Color { self }
 }
 public struct Path { public init(_ rect: CGRect) {} }
@@ -176,11 +180,13 @@ public struct Font: Hashable, Sendable {
 
 // Modifiers
 
-public struct Edge { public struct Set: OptionSet, Sendable {
-  public init(rawValue: Int) { self.rawValue = rawValue }
-  public let rawValue: Int
-  public static let all = Set(rawValue: 15), horizontal = Set(rawValue: 3), vertical = Set(rawValue: 12)
-} }
+public struct Edge {
+  public struct Set: OptionSet, Sendable {
+    public init(rawValue: Int) { self.rawValue = rawValue }
+    public let rawValue: Int
+    public static let all = Set(rawValue: 15), horizontal = Set(rawValue: 3), vertical = Set(rawValue: 12)
+  }
+}
 public enum Visibility { case automatic, visible, hidden }
 public protocol TextFieldStyle {}
 public struct RoundedBorderTextFieldStyle: TextFieldStyle {}

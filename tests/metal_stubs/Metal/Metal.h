@@ -10,8 +10,14 @@ typedef enum MTLLanguageVersion : NSUInteger { MTLLanguageVersion2_4 = (2 << 16)
 typedef enum MTLPipelineOption : NSUInteger { MTLPipelineOptionNone = 0 } MTLPipelineOption;
 typedef enum MTLDispatchType : NSUInteger { MTLDispatchTypeSerial, MTLDispatchTypeConcurrent } MTLDispatchType;
 typedef enum MTLBarrierScope : NSUInteger { MTLBarrierScopeBuffers = 1 } MTLBarrierScope;
-typedef enum MTLCommandBufferStatus : NSUInteger { MTLCommandBufferStatusCompleted = 4, MTLCommandBufferStatusError = 5 } MTLCommandBufferStatus;
-typedef enum MTLCommandBufferError : NSUInteger { MTLCommandBufferErrorNotPermitted = 7, MTLCommandBufferErrorOutOfMemory = 8 } MTLCommandBufferError;
+typedef enum MTLCommandBufferStatus : NSUInteger {
+  MTLCommandBufferStatusCompleted = 4,
+  MTLCommandBufferStatusError = 5
+} MTLCommandBufferStatus;
+typedef enum MTLCommandBufferError : NSUInteger {
+  MTLCommandBufferErrorNotPermitted = 7,
+  MTLCommandBufferErrorOutOfMemory = 8
+} MTLCommandBufferError;
 
 @protocol MTLBuffer;
 @protocol MTLCommandQueue;

@@ -46,7 +46,8 @@ final class EngineTests: XCTestCase {
   }
 
   func testTokensAreThoseOfTheCommandLine() async throws {
-    let path = try XCTUnwrap(ProcessInfo.processInfo.environment["CFMOE_EXPECTED_TOKENS"], "set CFMOE_EXPECTED_TOKENS to a file of token ids")
+    let path = try XCTUnwrap(
+      ProcessInfo.processInfo.environment["CFMOE_EXPECTED_TOKENS"], "set CFMOE_EXPECTED_TOKENS to a file of token ids")
     let expected = try JSONDecoder().decode([Int32].self, from: Data(contentsOf: URL(fileURLWithPath: path)))
     let engine = try await engine()
     let session = try await engine.makeSession()
@@ -217,7 +218,9 @@ final class EngineTests: XCTestCase {
     XCTAssertEqual(try engine.placement(), .cpu)
     XCTAssertEqual(try engine.deviceName(), "")
     await engine.close()
-    let refused = await userError { _ = try await Engine.open(artifact: demoArtifact(), options: EngineOptions(placement: Placement(.metal))) }
+    let refused = await userError {
+      _ = try await Engine.open(artifact: demoArtifact(), options: EngineOptions(placement: Placement(.metal)))
+    }
     XCTAssert(refused.contains("metal"), refused)
   }
 

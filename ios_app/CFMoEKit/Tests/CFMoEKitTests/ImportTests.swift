@@ -63,7 +63,9 @@ final class ImportTests: XCTestCase {
     let bytes = (0..<1000).map { UInt8(truncatingIfNeeded: $0) }
     for step in [1, 7, 63, 64, 65, 128, 999] {
       var digest = Checksum()
-      for begin in stride(from: 0, to: bytes.count, by: step) { Array(bytes[begin..<min(begin + step, 1000)]).withUnsafeBytes { digest.update($0) } }
+      for begin in stride(from: 0, to: bytes.count, by: step) {
+        Array(bytes[begin..<min(begin + step, 1000)]).withUnsafeBytes { digest.update($0) }
+      }
       XCTAssertEqual(digest.finish(), sha256(bytes))
     }
   }
@@ -215,7 +217,9 @@ final class ImportTests: XCTestCase {
     try await assertRefused(other, "no usable field format")
     let newer = try write(content, manifest(content) { $0["format_version"] = 2 }, to: scratch(self))
     try await assertRefused(newer, "format version 2")
-    let huge = try write(content, manifest(content) { $0["files"] = ["w": ["size": UInt64(1) << 60, "sha256": String(repeating: "0", count: 64)]] }, to: scratch(self))
+    let huge = try write(
+      content, manifest(content) { $0["files"] = ["w": ["size": UInt64(1) << 60, "sha256": String(repeating: "0", count: 64)]] },
+      to: scratch(self))
     try await assertRefused(huge, "wrong size or checksum")
   }
 

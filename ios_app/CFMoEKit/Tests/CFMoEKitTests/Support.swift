@@ -18,7 +18,9 @@ struct Answer {
   var done: Generation?
 }
 
-func collect(_ stream: AsyncThrowingStream<GenerationEvent, any Error>, onToken: (Int) async throws -> Void = { _ in }) async throws -> Answer {
+func collect(_ stream: AsyncThrowingStream<GenerationEvent, any Error>, onToken: (Int) async throws -> Void = { _ in }) async throws
+  -> Answer
+{
   var answer = Answer()
   for try await event in stream {
     switch event {

@@ -196,7 +196,8 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
   }
 
   func testBenchmark() async throws {
-    let path = try XCTUnwrap(ProcessInfo.processInfo.environment["CFMOE_EXPECTED_BENCH"], "set CFMOE_EXPECTED_BENCH to what cfmoe-engine bench wrote")
+    let path = try XCTUnwrap(
+      ProcessInfo.processInfo.environment["CFMOE_EXPECTED_BENCH"], "set CFMOE_EXPECTED_BENCH to what cfmoe-engine bench wrote")
     let expected = try JSONSerialization.jsonObject(with: Data(contentsOf: URL(fileURLWithPath: path))) as? [String: Any]
     let host = host()
     let benchmark = BenchmarkViewModel(host: host, machine: "test")
@@ -218,12 +219,15 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     for (one, other) in zip(ours, theirs) {
       XCTAssertEqual(one["token_ids"] as? [Int], other["token_ids"] as? [Int])
       XCTAssertEqual(Set(one.keys), Set(other.keys))
-      let memory = try XCTUnwrap(one["memory"] as? [String: Any]), otherMemory = try XCTUnwrap(other["memory"] as? [String: Any])
+      let memory = try XCTUnwrap(one["memory"] as? [String: Any])
+      let otherMemory = try XCTUnwrap(other["memory"] as? [String: Any])
       // What the process takes as a whole is the command's to say.
       XCTAssertEqual(Set(memory.keys), Set(otherMemory.keys).subtracting(["rss_bytes", "peak_rss_bytes"]))
-      let metrics = try XCTUnwrap(one["metrics"] as? [String: Any]), otherMetrics = try XCTUnwrap(other["metrics"] as? [String: Any])
+      let metrics = try XCTUnwrap(one["metrics"] as? [String: Any])
+      let otherMetrics = try XCTUnwrap(other["metrics"] as? [String: Any])
       XCTAssertEqual(Set(metrics.keys), Set(otherMetrics.keys))
-      let decode = try XCTUnwrap(metrics["decode"] as? [String: Any]), otherDecode = try XCTUnwrap(otherMetrics["decode"] as? [String: Any])
+      let decode = try XCTUnwrap(metrics["decode"] as? [String: Any])
+      let otherDecode = try XCTUnwrap(otherMetrics["decode"] as? [String: Any])
       XCTAssertEqual(Set(decode.keys), Set(otherDecode.keys))
       for name in ["hits", "misses", "tokens", "bytes_read"] { XCTAssertEqual(decode[name] as? Int, otherDecode[name] as? Int, name) }
     }
@@ -260,7 +264,9 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
 
 final class ValueTests: XCTestCase {
   func testUsableNeverExceedsWhatIsThere() {
-    for available in [0, 1, 100, 1 << 20, 32 << 20, 33 << 20, 1 << 30, UInt64.max] { XCTAssertLessThanOrEqual(usable(available), available) }
+    for available in [0, 1, 100, 1 << 20, 32 << 20, 33 << 20, 1 << 30, UInt64.max] {
+      XCTAssertLessThanOrEqual(usable(available), available)
+    }
     XCTAssertEqual(usable(1 << 30), (1 << 30) - (1 << 30) / 10)
   }
 

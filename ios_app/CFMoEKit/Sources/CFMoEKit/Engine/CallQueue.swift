@@ -1,4 +1,5 @@
-// The engine belongs to one thread at a time: calls run here one after the other. Short ones that the C API allows in a token callback do not wait for the
+// The engine belongs to one thread at a time: calls run here one after the other. Short ones that the C API allows in a token callback do
+// not wait for the
 // end of a generation.
 import Foundation
 

@@ -17,10 +17,12 @@ public final class Engine: Sendable {
   // Held while a handle is used from any thread, and while one is closed: never during a generation.
   let handles: Locked<Handles>
 
-  /// Takes as long as reading the weights does: `open` does it on another thread. Throws what the artifact, the budget or an option is at fault for.
+  /// Takes as long as reading the weights does: `open` does it on another thread. Throws what the artifact, the budget or an option is at
+  /// fault for.
   public init(artifact: URL, options: EngineOptions = EngineOptions()) throws {
     guard cfmoe_abi_version() == UInt32(CFMOE_ABI_VERSION) else {
-      throw CFMoEError.fault("the engine has ABI version \(cfmoe_abi_version()), this app needs \(CFMOE_ABI_VERSION): build both from one source")
+      throw CFMoEError.fault(
+        "the engine has ABI version \(cfmoe_abi_version()), this app needs \(CFMOE_ABI_VERSION): build both from one source")
     }
     var engine: OpaquePointer?
     var c = cfmoe_engine_options()

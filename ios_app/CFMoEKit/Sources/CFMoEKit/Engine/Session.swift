@@ -22,14 +22,16 @@ public final class Session: Sendable {
 
   deinit {
     // No generation runs any more: it would hold this session.
-    let engine = engine, number = number
+    let engine = engine
+    let number = number
     Task { try? await engine.calls.run { Session.destroy(number, of: engine) } }
   }
 
   /// Ends the conversation, so that another can begin; what is called afterwards throws.
   public func close() async {
     cancel()
-    let engine = engine, number = number
+    let engine = engine
+    let number = number
     try? await engine.calls.run { Session.destroy(number, of: engine) }
   }
 
@@ -64,8 +66,10 @@ public final class Session: Sendable {
     interrupt { _ in true }
   }
 
-  /// Reads `tokens` and streams up to `maxNewTokens` new ones, with text if a tokenizer is given, then `.done`. Whoever stops reading the stream cancels it.
-  /// stopTokens: nil for the model's own, empty for none. Throws into the stream where the prompt is empty, does not fit the context or holds unknown tokens.
+  /// Reads `tokens` and streams up to `maxNewTokens` new ones, with text if a tokenizer is given, then `.done`. Whoever stops reading the
+  /// stream cancels it.
+  /// stopTokens: nil for the model's own, empty for none. Throws into the stream where the prompt is empty, does not fit the context or
+  /// holds unknown tokens.
   public func generate(
     _ tokens: [Int32], maxNewTokens: Int, sampling: Sampling = .greedy, stopTokens: [Int32]? = nil, tokenizer: Tokenizer? = nil
   ) -> AsyncThrowingStream<GenerationEvent, any Error> {

@@ -44,7 +44,9 @@ final class DirectorySource: ArtifactSource {
       let attributes = walk.fileAttributes
       guard attributes?[.type] as? FileAttributeType == .typeRegular else { continue }
       files[path] = (attributes?[.size] as? NSNumber)?.uint64Value ?? 0
-      guard files.count <= mostEntries else { throw CFMoEError.user("\(root.lastPathComponent) holds more than \(mostEntries) files: choose the model's own directory") }
+      guard files.count <= mostEntries else {
+        throw CFMoEError.user("\(root.lastPathComponent) holds more than \(mostEntries) files: choose the model's own directory")
+      }
     }
     self.files = files
   }

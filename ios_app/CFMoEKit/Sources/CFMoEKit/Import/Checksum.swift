@@ -50,7 +50,8 @@ import Foundation
           for begin in stride(from: 0, to: blocks.count, by: blockBytes) {
             for i in 0..<16 { schedule[i] = UInt32(bigEndian: blocks.loadUnaligned(fromByteOffset: begin + 4 * i, as: UInt32.self)) }
             for i in 16..<64 {
-              let early = schedule[i - 15], late = schedule[i - 2]
+              let early = schedule[i - 15]
+              let late = schedule[i - 2]
               let small0 = rotate(early, 7) ^ rotate(early, 18) ^ (early >> 3)
               let small1 = rotate(late, 17) ^ rotate(late, 19) ^ (late >> 10)
               schedule[i] = schedule[i - 16] &+ small0 &+ schedule[i - 7] &+ small1
@@ -89,7 +90,8 @@ import Foundation
       }
       return primes.map { prime in
         // floor(2^32 * cbrt(p)), exactly: bisection over integers of up to 35 bits, whose cubes take 105.
-        var low: UInt64 = 0, high: UInt64 = 8 << 32
+        var low: UInt64 = 0
+        var high: UInt64 = 8 << 32
         while high - low > 1 {
           let middle = (low + high) / 2
           let square = middle.multipliedFullWidth(by: middle)

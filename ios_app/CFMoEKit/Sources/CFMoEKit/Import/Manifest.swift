@@ -43,7 +43,8 @@ public struct Manifest: Equatable, Sendable {
     files = [:]
     for (path, row) in table {
       guard isInside(path), path != Self.fileName else {
-        throw CFMoEError.user("\(source) names the file \(path.debugDescription), which is outside the model: it is damaged or meant to do harm")
+        throw CFMoEError.user(
+          "\(source) names the file \(path.debugDescription), which is outside the model: it is damaged or meant to do harm")
       }
       let file = File(size: try row.integer("size"), sha256: try row.text("sha256").lowercased())
       guard file.size <= Self.mostFileBytes, file.sha256.utf8.count == 64 else {

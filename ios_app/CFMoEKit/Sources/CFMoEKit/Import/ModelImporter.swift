@@ -1,4 +1,5 @@
-// Copies a model into the library: every file's checksum is computed while it is copied, and the model appears only when all of them are right.
+// Copies a model into the library: every file's checksum is computed while it is copied, and the model appears only when all of them are
+// right.
 import Foundation
 
 public struct ImportProgress: Equatable, Sendable {
@@ -23,7 +24,8 @@ public struct ModelImporter: Sendable {
 
   public init(library: ModelLibrary) { self.library = library }
 
-  /// source: a model's directory, or a .zip, .tar or .tar.gz archive of it. `progress` is called from another thread, at most about once per MiB.
+  /// source: a model's directory, or a .zip, .tar or .tar.gz archive of it. `progress` is called from another thread, at most about once
+  /// per MiB.
   /// A model that is there already is returned as it is. Cancelling the task leaves nothing behind and throws `CancellationError`.
   public func run(_ source: URL, progress: @escaping @Sendable (ImportProgress) -> Void = { _ in }) async throws -> InstalledModel {
     let cancelled = Locked(false)
@@ -114,7 +116,8 @@ private struct Import {
       try output.synchronise()
       let found = digest.finish()
       guard found == file.sha256 else {
-        throw CFMoEError.user("\(path) is damaged: its SHA-256 is \(found.prefix(16))…, the manifest says \(file.sha256.prefix(16))…: copy the model again")
+        let digests = "its SHA-256 is \(found.prefix(16))…, the manifest says \(file.sha256.prefix(16))…"
+        throw CFMoEError.user("\(path) is damaged: \(digests): copy the model again")
       }
       state.verified.append(.init(file: path, sha256: found))
       progress(state)
@@ -131,7 +134,8 @@ private struct Import {
     let attributes = try? FileManager.default.attributesOfFileSystem(forPath: library.root.path)
     guard let free = (attributes?[.systemFreeSize] as? NSNumber)?.uint64Value, free < manifest.totalBytes else { return }
     throw CFMoEError.user(
-      "\(manifest.name) needs \(manifest.totalBytes) bytes, \(free) are free: free \((manifest.totalBytes - free) >> 20) MiB and import it again")
+      "\(manifest.name) needs \(manifest.totalBytes) bytes, \(free) are free: "
+        + "free \((manifest.totalBytes - free) >> 20) MiB and import it again")
   }
 
   /// A directory's name from a model's: letters, digits and a few signs, at most 64.

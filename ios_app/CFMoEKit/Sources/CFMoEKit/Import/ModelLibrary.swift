@@ -49,7 +49,8 @@ public struct ModelLibrary: Sendable {
   static func model(at directory: URL, isBundled: Bool) throws -> InstalledModel {
     let file = try InputFile(directory.appendingPathComponent(Manifest.fileName).path)
     guard file.size <= Manifest.mostBytes else { throw CFMoEError.user("\(file.path) has \(file.size) bytes: it is no manifest") }
-    let manifest = try Manifest(Data(try file.bytes(at: 0, count: Int(file.size))), source: "\(directory.lastPathComponent)/\(Manifest.fileName)")
+    let manifest = try Manifest(
+      Data(try file.bytes(at: 0, count: Int(file.size))), source: "\(directory.lastPathComponent)/\(Manifest.fileName)")
     return InstalledModel(id: directory.lastPathComponent, directory: directory, manifest: manifest, isBundled: isBundled)
   }
 

@@ -49,7 +49,9 @@ final class TarSource: ArtifactSource {
         if type == UInt8(ascii: "0") || type == 0 {
           var path = longName ?? Self.name(header)
           while path.hasPrefix("./") { path.removeFirst(2) }
-          guard entries.count < mostEntries else { throw CFMoEError.user("\(file.path) holds more than \(mostEntries) files: pack the model alone") }
+          guard entries.count < mostEntries else {
+            throw CFMoEError.user("\(file.path) holds more than \(mostEntries) files: pack the model alone")
+          }
           entries[path] = Entry(offset: offset, size: size)
         }
         longName = nil

@@ -48,7 +48,9 @@ final class ZipSource: ArtifactSource {
     for _ in 0..<count {
       let row = Array(rest.prefix(46))
       guard row.count == 46, row.littleEndian(0, 4) == 0x0201_4b50 else { throw damaged }
-      let nameBytes = Int(row.littleEndian(28, 2)), extraBytes = Int(row.littleEndian(30, 2)), commentBytes = Int(row.littleEndian(32, 2))
+      let nameBytes = Int(row.littleEndian(28, 2))
+      let extraBytes = Int(row.littleEndian(30, 2))
+      let commentBytes = Int(row.littleEndian(32, 2))
       guard rest.count >= 46 + nameBytes + extraBytes + commentBytes else { throw damaged }
       rest = rest.dropFirst(46)
       let name = String(decoding: rest.prefix(nameBytes), as: UTF8.self)

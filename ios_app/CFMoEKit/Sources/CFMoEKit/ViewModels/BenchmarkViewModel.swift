@@ -1,4 +1,5 @@
-// The benchmark screen: one prompt and one answer of fixed lengths for each budget, each with an engine of its own, as `cfmoe-engine bench` does.
+// The benchmark screen: one prompt and one answer of fixed lengths for each budget, each with an engine of its own, as `cfmoe-engine
+// bench` does.
 import Foundation
 
 @MainActor
@@ -44,7 +45,9 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
   /// Measures the open model. It is closed meanwhile, for two engines would share the memory, and opened again at the end.
   public func run(_ plan: Plan = Plan()) {
     guard running == nil else { return }
-    guard let model = host.loaded?.model, let placement = host.loaded?.placement else { return update { $0.error = "Choose a model first." } }
+    guard let model = host.loaded?.model, let placement = host.loaded?.placement else {
+      return update { $0.error = "Choose a model first." }
+    }
     let date = ISO8601DateFormatter().string(from: Date())
     update { state in
       state = State(isRunning: true, total: plan.expertPercents.count)
@@ -88,7 +91,8 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
   private nonisolated static func measure(
     _ model: InstalledModel, _ placement: Placement, _ percent: Double, _ name: String, _ plan: Plan
   ) async throws -> BenchmarkResult {
-    let engine = try await Engine.open(artifact: model.directory, options: EngineOptions(budget: .expertPercent(percent), placement: placement))
+    let engine = try await Engine.open(
+      artifact: model.directory, options: EngineOptions(budget: .expertPercent(percent), placement: placement))
     let result = await Swift.Result { try await measure(engine, name, plan) }
     await engine.close()
     return try result.get()

@@ -39,7 +39,9 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
   /// Sends `text`; the answer comes into the state. Returns whether it could be sent.
   @discardableResult
   public func send(_ text: String) -> Bool {
-    guard !text.isEmpty, !state.isAnswering, state.obstacle == nil, let parts = host.parts, let tokenizer = parts.tokenizer else { return false }
+    guard !text.isEmpty, !state.isAnswering, state.obstacle == nil, let parts = host.parts, let tokenizer = parts.tokenizer else {
+      return false
+    }
     let isFirst = state.messages.isEmpty
     let answer = ChatMessage(id: nextID + 1, role: .model, text: "")
     update { state in

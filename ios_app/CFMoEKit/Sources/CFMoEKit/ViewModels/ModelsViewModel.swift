@@ -37,7 +37,8 @@ public final class ModelsViewModel: ViewModel<ModelsViewModel.State> {
     }
   }
 
-  /// Imports a model's directory or archive; one at a time. `finished` is called in any case, on the main actor: what gave access to `source` can be given back.
+  /// Imports a model's directory or archive; one at a time. `finished` is called in any case, on the main actor: what gave access to
+  /// `source` can be given back.
   public func importModel(_ source: URL, finished: @escaping @MainActor () -> Void = {}) {
     guard importTask == nil else {
       update { $0.error = "Another model is being imported: wait for it, or cancel it." }

@@ -1,4 +1,5 @@
-// How a chat message is written for a model: the formats of the usual families, known by the special tokens in the artifact's chat template.
+// How a chat message is written for a model: the formats of the usual families, known by the special tokens in the artifact's chat
+// template.
 import Foundation
 
 public enum PromptFormat: String, Equatable, Sendable {
@@ -24,7 +25,8 @@ public enum PromptFormat: String, Equatable, Sendable {
     return .plain
   }
 
-  /// The tokens' text for the user's message. isFirst: nothing was said before. The model's end token is not in its cache, so later messages begin with it.
+  /// The tokens' text for the user's message. isFirst: nothing was said before. The model's end token is not in its cache, so later
+  /// messages begin with it.
   func turn(_ message: String, isFirst: Bool) -> String {
     switch self {
     case .plain: return message
