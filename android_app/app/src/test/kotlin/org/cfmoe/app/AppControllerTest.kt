@@ -130,9 +130,9 @@ class AppControllerTest {
         assertEquals(half, state.chat.messages)
         main.run { app.send(" and") }
         assertEquals(Ending.Length, finished().ending)
-        // All that was said before was read again.
+        // All that was said before was read again: five tokens of the first message, some of the half answer, one of " and".
         val read = checkNotNull(state.panel.metrics).prefill.tokens
-        assertTrue("$read", read > 10)
+        assertTrue("$read", read >= 7)
     }
 
     @Test

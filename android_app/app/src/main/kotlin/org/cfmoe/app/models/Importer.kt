@@ -60,7 +60,7 @@ class Importer(
                 if (cancelled.get()) throw ImportCancelled()
                 val got = content.read(buffer)
                 if (got < 0) break
-                if (library.spaceLeft() < got + SPACE_KEPT) throw ModelException("the phone has no room for this model: free some and try again")
+                if (library.spaceLeft() < got + SPACE_KEPT) throw ModelException("the phone has no room for this model: free some")
                 out.write(buffer, 0, got)
                 digest.update(buffer, 0, got)
                 size += got
@@ -77,7 +77,8 @@ class Importer(
 
     /** The directory below `staged` that holds the artifact, with nothing beside its files, once every digest was found right. */
     private fun verified(staged: File): File {
-        val found = digests.keys.filter { it == Manifest.FILE || it.endsWith("/" + Manifest.FILE) }.minByOrNull { path -> path.count { it == '/' } }
+        val manifests = digests.keys.filter { it == Manifest.FILE || it.endsWith("/" + Manifest.FILE) }
+        val found = manifests.minByOrNull { path -> path.count { it == '/' } }
             ?: throw ModelException("there is no ${Manifest.FILE}: choose the artifact's own directory or an archive of it")
         val prefix = found.removeSuffix(Manifest.FILE)
         val manifest = Manifest.parse(File(staged, found).readText())

@@ -50,7 +50,8 @@ data class FileFacts(val size: Long, val sha256: String)
 /** `path` if it is a plain path that stays inside the directory that it is relative to; else raises ModelException. */
 fun safePath(path: String): String {
     val parts = path.split('/')
-    val bad = path.isEmpty() || path.any { it < ' ' || it == '\\' || it == '\u007f' } || parts.any { it.isEmpty() || it == "." || it == ".." }
-    if (bad) throw ModelException("the file name ${path.take(80)} leads out of the model or is none")
+    val strange = path.any { it < ' ' || it == '\\' || it == '\u007f' }
+    val outward = parts.any { it.isEmpty() || it == "." || it == ".." }
+    if (strange || outward) throw ModelException("the file name ${path.take(80)} leads out of the model or is none")
     return path
 }

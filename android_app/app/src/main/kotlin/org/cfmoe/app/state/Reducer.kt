@@ -78,7 +78,8 @@ fun reduce(state: AppState, action: Action): AppState =
             val ready = EngineState.Ready(action.model, action.version, action.loaded, action.loaded.memory, listOf(Device.CPU))
             state.copy(engine = ready, notice = action.loaded.warning.ifEmpty { null }?.let { Notice.FromEngine(it) } ?: state.notice)
         }
-        is Action.DevicesListed -> if (state.engine is EngineState.Ready) state.copy(engine = state.engine.copy(devices = action.devices)) else state
+        is Action.DevicesListed ->
+            if (state.engine is EngineState.Ready) state.copy(engine = state.engine.copy(devices = action.devices)) else state
         is Action.EngineRefused -> state.copy(engine = EngineState.Refused(action.model, action.message))
         is Action.EngineEnded -> ended(state, action.end)
         is Action.ChatRestored -> state.copy(chat = ChatState(action.messages))

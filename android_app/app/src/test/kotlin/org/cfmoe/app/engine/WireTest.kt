@@ -31,7 +31,8 @@ class WireTest {
         val one = Wire.event("""{"id": 1, "event": "devices", "devices": {"opencl": []}}""") as Event.Devices
         assertEquals(listOf(Device.CPU), one.devices)
         assertEquals(listOf(Placement.CPU), Placement.of(one.devices))
-        val two = Wire.event("""{"id": 1, "event": "devices", "devices": {"vulkan": [{"name": "A GPU"}, {"name": "B"}]}}""") as Event.Devices
+        val line = """{"id": 1, "event": "devices", "devices": {"vulkan": [{"name": "A GPU"}, {"name": "B"}]}}"""
+        val two = Wire.event(line) as Event.Devices
         assertEquals(listOf(Device.CPU, Device("vulkan", "A GPU")), two.devices)
         assertEquals(listOf(Placement.CPU, Placement("vulkan", "vulkan"), Placement("vulkan", "cpu")), Placement.of(two.devices))
     }

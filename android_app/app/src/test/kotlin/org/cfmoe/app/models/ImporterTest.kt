@@ -43,8 +43,7 @@ class ImporterTest {
     private fun manifest(files: Map<String, ByteArray> = this.files): ByteArray {
         val rows = JSONObject()
         for ((name, content) in files) {
-            val digest = hexadecimal(MessageDigest.getInstance("SHA-256").digest(content))
-            rows.put(name, JSONObject().put("size", content.size).put("sha256", digest).put("xxh3_64", "0"))
+            rows.put(name, JSONObject().put("size", content.size).put("sha256", sha256(content)).put("xxh3_64", "0"))
         }
         val model = JSONObject().put("name", "tiny/é").put("parameters", 5).put("num_layers", 2).put("num_experts", 4)
         return JSONObject().put("format", "cfmoe-artifact").put("format_version", 1).put("model", model).put("files", rows)
@@ -89,7 +88,13 @@ class ImporterTest {
         return out.toByteArray()
     }
 
-    private fun gzip(data: ByteArray): ByteArray = ByteArrayOutputStream().also { out -> GZIPOutputStream(out).use { it.write(data) } }.toByteArray()
+    private fun gzip(data: ByteArray): ByteArray {
+        val out = ByteArrayOutputStream()
+        GZIPOutputStream(out).use { it.write(data) }
+        return out.toByteArray()
+    }
+
+    private fun sha256(data: ByteArray): String = hexadecimal(MessageDigest.getInstance("SHA-256").digest(data))
 
     private fun source(archive: ByteArray) = ArchiveSource(archive.size.toLong()) { ByteArrayInputStream(archive) }
 
@@ -113,21 +118,24 @@ class ImporterTest {
 
     @Test
     fun archivesOfEveryKindAreImported() {
-        val archives = listOf(zip(all()), tar(all()), gzip(tar(all())), zip(all().mapKeys { "some/model/" + it.key }), tar(all().mapKeys { "./" + it.key }))
-        for (archive in archives) {
+        val below = all().mapKeys { "some/model/" + it.key }
+        val dotted = all().mapKeys { "./" + it.key }
+        for (archive in listOf(zip(all()), tar(all()), gzip(tar(all())), zip(below), tar(dotted))) {
             val model = import(source(archive))
             check(model)
             library.delete(model)
             assertEquals(emptyList<ModelEntry>(), library.list())
         }
-        assertEquals(hexadecimal(MessageDigest.getInstance("SHA-256").digest(weights)), seen.first { it.checkedFile.endsWith("weights.bin") }.sha256)
+        assertEquals(sha256(weights), seen.first { it.checkedFile.endsWith("weights.bin") }.sha256)
         assertTrue(seen.zipWithNext().none { (a, b) -> a.file == b.file && a.done > b.done })
     }
 
     @Test
     fun directoriesAreImportedOnceAndWithoutWhatDoesNotBelong() {
         val directory = folder.newFolder("picked")
-        (all() + ("notes.txt" to "mine".toByteArray())).forEach { (name, content) -> File(directory, name).apply { parentFile.mkdirs() }.writeBytes(content) }
+        for ((name, content) in all() + ("notes.txt" to "mine".toByteArray())) {
+            File(directory, name).apply { parentFile.mkdirs() }.writeBytes(content)
+        }
         val model = import(DirectorySource(directory), bundled = true)
         check(model)
         assertTrue(model.bundled)
