@@ -379,9 +379,10 @@ class Expressions:
         return f"(~{self.text(node.a)})"
 
     def _select(self, node: Any) -> str:
-        if walk.dtype(node.condition).lanes > 1:
-            return f"mix({self.text(node.false_value)}, {self.text(node.true_value)}, {self.text(node.condition)})"
-        return self._lazy(node.condition, node.true_value, node.false_value)
+        # Both values are computed, as Select says: mix is one instruction, where ?: would be a branch.
+        text = self.text(node.condition)
+        with self.branch():
+            return f"mix({self.text(node.false_value)}, {self.text(node.true_value)}, {text})"
 
     def _lazy(self, condition: Any, true_value: Any, false_value: Any) -> str:
         text = self.text(condition)

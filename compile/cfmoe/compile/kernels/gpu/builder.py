@@ -46,6 +46,13 @@ def let(name: str, value: Expr) -> Expr:
     return _named(name, T.Bind(i32(value) if isinstance(value, int) else value))
 
 
+def kept(name: str, value: Expr) -> Expr:
+    """The same for a value that is used often: TIR repeats what `let` binds, but not what memory holds."""
+    memory = local(name, 1)
+    store(memory, 0, value)
+    return load(memory, 0)
+
+
 def store(buffer: Buffer, index: Expr, value: Expr) -> None:
     T.buffer_store(buffer, value, [i32(index) if isinstance(index, int) else index])
 

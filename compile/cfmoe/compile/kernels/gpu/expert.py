@@ -18,6 +18,7 @@ from cfmoe.compile.kernels.gpu.builder import (
     build,
     float_to_bits,
     i32,
+    kept,
     let,
     load,
     local,
@@ -158,11 +159,11 @@ def _largest(values: Buffer, first: Expr) -> Expr:
     largest = T.fabs(load(values, first))
     for k in range(1, GROUP):
         largest = T.max(largest, T.fabs(load(values, first + i32(k))))
-    return let("largest", largest)
+    return kept("largest", largest)
 
 
 def _inverse(largest: Expr) -> Expr:
-    return let("inverse", T.Select(largest > f32(0.0), f32(127.0) / largest, f32(0.0)))
+    return kept("inverse", T.Select(largest > f32(0.0), f32(127.0) / largest, f32(0.0)))
 
 
 def _code(values: Buffer, at: Expr, inverse: Expr) -> Expr:

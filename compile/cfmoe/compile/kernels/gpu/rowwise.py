@@ -14,6 +14,7 @@ from cfmoe.compile.kernels.gpu.builder import (
     build,
     float_to_bits,
     i32,
+    kept,
     lane,
     let,
     load,
@@ -58,8 +59,8 @@ def quantise_words(
     member, first = let("member", thread & i32(_LANES - 1)), let("leader", thread - (thread & i32(_LANES - 1)))
     for other in range(_LANES):
         largest = load(memory, first + i32(other)) if other == 0 else T.max(largest, load(memory, first + i32(other)))
-    largest = let("largest", largest)
-    inverse = let("inverse", T.Select(largest > f32(0.0), f32(127.0) / largest, f32(0.0)))
+    largest = kept("largest", largest)
+    inverse = kept("inverse", T.Select(largest > f32(0.0), f32(127.0) / largest, f32(0.0)))
     codes = [let("code", T.Cast("int32", rint(value * inverse))) for value in values]
     word = codes[0] & i32(255)
     for place in range(1, _WIDE):
