@@ -93,7 +93,7 @@ def test_quantised_logits_are_those_of_the_cpu(demo_model: Path, kind: str) -> N
     """A last bit of a sum can tip a quantised activation to the next code, which single logits show: docs/gpu.md."""
     artifact = compiled(demo_model, "mixed")
     expected, got = (logits(artifact, 40, 8, device=device) for device in ("cpu", kind))
-    assert np.abs(got - expected).mean() <= 2e-2
+    assert np.abs(got - expected).mean() <= 5e-2
     assert (got.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.9
 
 
