@@ -20,7 +20,7 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 // What drivers keep until the process ends is theirs.
-extern "C" const char* __lsan_default_suppressions() {
+extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() {
   return "leak:libvulkan\nleak:libVkLayer\nleak:libpocl\nleak:libOpenCL\nleak:libLLVM\nleak:libclang\n";
 }
 #endif
