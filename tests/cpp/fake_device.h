@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -32,15 +33,18 @@ inline FakeSettings& fake_settings() {
   return settings;
 }
 
+// Reading threads have streams of their own.
+inline int64_t count(int64_t& counter, int64_t by) { return std::atomic_ref(counter).fetch_add(by); }
+
 class FakeBuffer final : public device::Buffer {
  public:
   FakeBuffer(uint64_t size, bool mapped) : memory_(size) {
     size_ = size;
     if (mapped) data_ = memory_.data();
     std::memset(memory_.data(), 0xab, size);
-    fake_settings().live_bytes += static_cast<int64_t>(size);
+    count(fake_settings().live_bytes, static_cast<int64_t>(size));
   }
-  ~FakeBuffer() override { fake_settings().live_bytes -= static_cast<int64_t>(size_); }
+  ~FakeBuffer() override { count(fake_settings().live_bytes, -static_cast<int64_t>(size_)); }
   std::byte* raw() const { return memory_.data(); }
 
  private:
@@ -69,7 +73,7 @@ class FakeStream final : public device::Stream {
  public:
   void dispatch(const device::Bindings& bindings, std::span<const int32_t> scalars,
                 const std::array<uint32_t, 3>&) override {
-    ++fake_settings().dispatches;
+    count(fake_settings().dispatches, 1);
     std::vector<std::byte*> buffers;
     for (const auto& use : bindings.uses()) buffers.push_back(raw(use.view));
     const std::vector<int32_t> numbers(scalars.begin(), scalars.end());
@@ -83,16 +87,17 @@ class FakeStream final : public device::Stream {
     recorded_.back().push_back([=, target = raw(view)] { std::memset(target, 0, view.size); });
   }
   void barrier() override {
-    ++fake_settings().barriers;
+    count(fake_settings().barriers, 1);
     recorded_.emplace_back();
   }
   void submit() override {
-    ++fake_settings().submits;
+    count(fake_settings().submits, 1);
     submitted_ = recorded_.size();
   }
   void wait() override {
-    if (fake_settings().waits_until_lost >= 0 && fake_settings().waits_until_lost-- == 0) {
-      fake_settings().waits_until_lost = 0;
+    if (std::atomic_ref(fake_settings().waits_until_lost).load() >= 0 &&
+        count(fake_settings().waits_until_lost, -1) <= 0) {
+      std::atomic_ref(fake_settings().waits_until_lost).store(0);
       throw Error(ErrorKind::kInternal, "Fake: the device was lost while waiting for kernels: use --device cpu");
     }
     for (size_t i = 0; i < submitted_; ++i) {
