@@ -8,36 +8,31 @@
 
 namespace cfmoe::device {
 
-#define CFMOE_VULKAN_GLOBAL(F) F(vkCreateInstance) F(vkEnumerateInstanceVersion) F(vkEnumerateInstanceLayerProperties)
+// The formatter never agrees with itself about these lists.
+// clang-format off
+#define CFMOE_VULKAN_GLOBAL(F) \
+  F(vkCreateInstance) F(vkEnumerateInstanceVersion) F(vkEnumerateInstanceLayerProperties)
 
-#define CFMOE_VULKAN_INSTANCE(F)                                                                        \
-  F(vkDestroyInstance)                                                                                  \
-  F(vkEnumeratePhysicalDevices)                                                                         \
-  F(vkGetPhysicalDeviceProperties2)                                                                     \
-  F(vkGetPhysicalDeviceFeatures2)                                                                       \
-  F(vkGetPhysicalDeviceMemoryProperties2)                                                               \
+#define CFMOE_VULKAN_INSTANCE(F) \
+  F(vkDestroyInstance) F(vkEnumeratePhysicalDevices) F(vkGetPhysicalDeviceProperties2) \
+  F(vkGetPhysicalDeviceFeatures2) F(vkGetPhysicalDeviceMemoryProperties2) \
   F(vkGetPhysicalDeviceQueueFamilyProperties) F(vkEnumerateDeviceExtensionProperties) F(vkCreateDevice) \
-      F(vkGetDeviceProcAddr)
+  F(vkGetDeviceProcAddr)
 
-#define CFMOE_VULKAN_DEVICE(F)                                                                                         \
-  F(vkDestroyDevice)                                                                                                   \
-  F(vkGetDeviceQueue)                                                                                                  \
-  F(vkDeviceWaitIdle)                                                                                                  \
-  F(vkAllocateMemory)                                                                                                  \
-  F(vkFreeMemory)                                                                                                      \
-  F(vkMapMemory) F(vkCreateBuffer) F(vkDestroyBuffer) F(vkGetBufferMemoryRequirements) F(vkBindBufferMemory)           \
-      F(vkCreateShaderModule) F(vkDestroyShaderModule) F(vkCreatePipelineCache) F(vkDestroyPipelineCache)              \
-          F(vkGetPipelineCacheData) F(vkCreateComputePipelines) F(vkDestroyPipeline) F(vkCreateDescriptorSetLayout)    \
-              F(vkDestroyDescriptorSetLayout) F(vkCreatePipelineLayout) F(vkDestroyPipelineLayout)                     \
-                  F(vkCreateDescriptorPool) F(vkDestroyDescriptorPool) F(vkAllocateDescriptorSets)                     \
-                      F(vkFreeDescriptorSets) F(vkUpdateDescriptorSets) F(vkCreateCommandPool) F(vkDestroyCommandPool) \
-                          F(vkAllocateCommandBuffers) F(vkBeginCommandBuffer) F(vkEndCommandBuffer)                    \
-                              F(vkResetCommandBuffer) F(vkQueueSubmit) F(vkCreateFence) F(vkDestroyFence)              \
-                                  F(vkWaitForFences) F(vkGetFenceStatus) F(vkResetFences) F(vkCmdBindPipeline)         \
-                                      F(vkCmdBindDescriptorSets) F(vkCmdPushConstants) F(vkCmdDispatch)                \
-                                          F(vkCmdCopyBuffer) F(vkCmdFillBuffer) F(vkCmdPipelineBarrier)                \
-                                              F(vkCreateQueryPool) F(vkDestroyQueryPool) F(vkGetQueryPoolResults)      \
-                                                  F(vkCmdResetQueryPool) F(vkCmdWriteTimestamp)
+#define CFMOE_VULKAN_DEVICE(F) \
+  F(vkDestroyDevice) F(vkGetDeviceQueue) F(vkDeviceWaitIdle) F(vkAllocateMemory) F(vkFreeMemory) F(vkMapMemory) \
+  F(vkCreateBuffer) F(vkDestroyBuffer) F(vkGetBufferMemoryRequirements) F(vkBindBufferMemory) \
+  F(vkCreateShaderModule) F(vkDestroyShaderModule) F(vkCreatePipelineCache) F(vkDestroyPipelineCache) \
+  F(vkGetPipelineCacheData) F(vkCreateComputePipelines) F(vkDestroyPipeline) F(vkCreateDescriptorSetLayout) \
+  F(vkDestroyDescriptorSetLayout) F(vkCreatePipelineLayout) F(vkDestroyPipelineLayout) \
+  F(vkCreateDescriptorPool) F(vkDestroyDescriptorPool) F(vkAllocateDescriptorSets) F(vkFreeDescriptorSets) \
+  F(vkUpdateDescriptorSets) F(vkCreateCommandPool) F(vkDestroyCommandPool) F(vkAllocateCommandBuffers) \
+  F(vkBeginCommandBuffer) F(vkEndCommandBuffer) F(vkResetCommandBuffer) F(vkQueueSubmit) F(vkCreateFence) \
+  F(vkDestroyFence) F(vkWaitForFences) F(vkGetFenceStatus) F(vkResetFences) F(vkCmdBindPipeline) \
+  F(vkCmdBindDescriptorSets) F(vkCmdPushConstants) F(vkCmdDispatch) F(vkCmdCopyBuffer) F(vkCmdFillBuffer) \
+  F(vkCmdPipelineBarrier) F(vkCreateQueryPool) F(vkDestroyQueryPool) F(vkGetQueryPoolResults) \
+  F(vkCmdResetQueryPool) F(vkCmdWriteTimestamp)
+// clang-format on
 
 #define CFMOE_VULKAN_DECLARE(name) PFN_##name name = nullptr;
 struct VulkanGlobal {
