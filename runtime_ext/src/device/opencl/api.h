@@ -9,19 +9,20 @@
 
 namespace cfmoe::device {
 
-#define CFMOE_OPENCL(F)                                                                                           \
-  F(clGetPlatformIDs)                                                                                             \
-  F(clGetPlatformInfo)                                                                                            \
-  F(clGetDeviceIDs)                                                                                               \
-  F(clGetDeviceInfo) F(clCreateContext) F(clReleaseContext) F(clCreateCommandQueue) F(clReleaseCommandQueue)      \
-      F(clCreateBuffer) F(clCreateSubBuffer) F(clReleaseMemObject) F(clCreateProgramWithSource)                   \
-          F(clCreateProgramWithBinary) F(clBuildProgram) F(clGetProgramInfo) F(clGetProgramBuildInfo)             \
-              F(clReleaseProgram) F(clCreateKernel) F(clReleaseKernel) F(clSetKernelArg) F(clGetKernelInfo)       \
-                  F(clEnqueueNDRangeKernel) F(clEnqueueReadBuffer) F(clEnqueueWriteBuffer) F(clEnqueueCopyBuffer) \
-                      F(clEnqueueFillBuffer) F(clEnqueueMarkerWithWaitList) F(clFlush) F(clFinish)                \
-                          F(clGetEventProfilingInfo) F(clReleaseEvent)
+// The formatter never agrees with itself about these lists.
+// clang-format off
+#define CFMOE_OPENCL(F) \
+  F(clGetPlatformIDs) F(clGetPlatformInfo) F(clGetDeviceIDs) F(clGetDeviceInfo) F(clCreateContext) \
+  F(clReleaseContext) F(clCreateCommandQueue) F(clReleaseCommandQueue) F(clCreateBuffer) F(clCreateSubBuffer) \
+  F(clReleaseMemObject) F(clCreateProgramWithSource) F(clCreateProgramWithBinary) F(clBuildProgram) \
+  F(clGetProgramInfo) F(clGetProgramBuildInfo) F(clReleaseProgram) F(clCreateKernel) F(clReleaseKernel) \
+  F(clSetKernelArg) F(clGetKernelInfo) F(clEnqueueNDRangeKernel) F(clEnqueueReadBuffer) F(clEnqueueWriteBuffer) \
+  F(clEnqueueCopyBuffer) F(clEnqueueFillBuffer) F(clEnqueueMarkerWithWaitList) F(clFlush) F(clFinish) \
+  F(clGetEventProfilingInfo) F(clReleaseEvent)
 // Since OpenCL 2.0; null where the loader is older.
-#define CFMOE_OPENCL_SVM(F) F(clSVMAlloc) F(clSVMFree) F(clSetKernelArgSVMPointer)
+#define CFMOE_OPENCL_SVM(F) \
+  F(clSVMAlloc) F(clSVMFree) F(clSetKernelArgSVMPointer)
+// clang-format on
 
 struct OpenClApi {
 #define CFMOE_OPENCL_DECLARE(name) decltype(&::name) name = nullptr;
