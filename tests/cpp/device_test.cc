@@ -49,7 +49,7 @@ class Variable {
 };
 
 // The loader unloads drivers with their last device, and then nobody can tell whose memory was whose.
-void keep_drivers_loaded() {
+[[maybe_unused]] void keep_drivers_loaded() {
   for (const char* name :
        {"libvulkan_lvp.so", "libVkLayer_khronos_validation.so", "libVkLayer_MESA_device_select.so", "libpocl.so.2"}) {
     ::dlopen(name, RTLD_NOW | RTLD_NODELETE);
@@ -78,7 +78,7 @@ std::vector<std::unique_ptr<Kernel>> load(Device& device, const std::string& tex
   return device.load(text, {&kernel, 1}, 1);
 }
 
-std::vector<float> read_back(Device& device, const View& view) {
+[[maybe_unused]] std::vector<float> read_back(Device& device, const View& view) {
   const auto host = device.allocate(view.size, Memory::kHost);
   const auto stream = device.make_stream();
   stream->copy(view, {host.get(), 0, view.size});
