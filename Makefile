@@ -54,7 +54,7 @@ test-full: lint test-cpp fuzz android-tools ## test, with long fuzzing and the s
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not cross and not swift"
 
 .PHONY: test-python
-test-python: .venv/.installed ## the Python tests, but for the slow ones
+test-python: .venv/.installed gpu-tools ## the Python tests, but for the slow ones
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not cross and not swift"
 
 .PHONY: test-cross
@@ -79,7 +79,7 @@ build/tsan/.built: .venv/.dependencies CMakeLists.txt $(CXX_FILES) $(CXX_TEST_FI
 	touch $@
 
 .PHONY: test-cpp
-test-cpp: build/asan/.built build/tsan/.built ## the C++ tests, under AddressSanitizer and UBSan, then ThreadSanitizer
+test-cpp: build/asan/.built build/tsan/.built gpu-tools ## the C++ tests, under AddressSanitizer and UBSan, then ThreadSanitizer
 	build/asan/cfmoe_tests
 	build/tsan/cfmoe_tests
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS)
@@ -89,6 +89,10 @@ test-cpp: build/asan/.built build/tsan/.built ## the C++ tests, under AddressSan
 fuzz: build/asan/.built ## long fuzzing of the loader and of the C API
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS_FULL)
 	build/asan/cfmoe_fuzz_capi $(FUZZ_CAPI_RUNS_FULL)
+
+.PHONY: gpu-tools
+gpu-tools: ## what compiles GPU targets and tests them (as root): shader compiler, drivers that run on the CPU
+	@scripts/system_packages.sh "$(PYTHON)" gpu
 
 .PHONY: android-tools
 android-tools: .venv/.installed ## what makes an APK without Google's tools: system packages (as root), Kotlin, R8, Android's API

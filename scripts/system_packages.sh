@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sees that the compiler, doctest, Python's venv module and what GPU targets and their tests need are there; as root on Debian or Ubuntu
-# installs what is missing.
-# Run as: scripts/system_packages.sh PYTHON
+# Sees that the compiler, doctest and Python's venv module are there, and what the groups named need; as root on Debian or Ubuntu installs
+# what is missing.
+# Run as: scripts/system_packages.sh PYTHON [gpu] [android]
 set -euo pipefail
 python=${1:?the Python interpreter}
 shift
@@ -17,17 +17,19 @@ command -v g++ >/dev/null || missing+=(g++)
   missing+=("$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')")
 [ -e /usr/include/doctest/doctest.h ] || [ -e /usr/local/include/doctest/doctest.h ] ||
   [ -n "${DOCTEST_INCLUDE:-}" ] || missing+=(doctest-dev)
-# For GPU targets: the shader compiler and its validator; for their tests: loaders, drivers that run on the CPU, Khronos' validation layer.
-command -v glslangValidator >/dev/null || missing+=(glslang-tools)
-command -v spirv-opt >/dev/null && command -v spirv-val >/dev/null || missing+=(spirv-tools)
-loader() { ldconfig -p 2>/dev/null | grep -q "$1" || missing+=("$2"); }
-loader libvulkan.so.1 libvulkan1
-loader libOpenCL.so.1 ocl-icd-libopencl1
-ls /usr/share/vulkan/icd.d/lvp_icd* >/dev/null 2>&1 || missing+=(mesa-vulkan-drivers)
-ls /usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation* >/dev/null 2>&1 || missing+=(vulkan-validationlayers)
-ls /etc/OpenCL/vendors/pocl* >/dev/null 2>&1 || missing+=(pocl-opencl-icd)
+loader() { PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | grep -q "$1" || missing+=("$2"); }
 for group in "$@"; do
   case $group in
+    gpu)
+      # The shader compiler and its validator; for tests loaders, drivers that run on the CPU and Khronos' validation layer.
+      command -v glslangValidator >/dev/null || missing+=(glslang-tools)
+      command -v spirv-opt >/dev/null && command -v spirv-val >/dev/null || missing+=(spirv-tools)
+      loader libvulkan.so.1 libvulkan1
+      loader libOpenCL.so.1 ocl-icd-libopencl1
+      ls /usr/share/vulkan/icd.d/lvp_icd* >/dev/null 2>&1 || missing+=(mesa-vulkan-drivers)
+      ls /usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation* >/dev/null 2>&1 || missing+=(vulkan-validationlayers)
+      ls /etc/OpenCL/vendors/pocl* >/dev/null 2>&1 || missing+=(pocl-opencl-icd)
+      ;;
     android)
       command -v javac >/dev/null && command -v keytool >/dev/null || missing+=(openjdk-17-jdk-headless)
       for tool in aapt2:aapt zipalign:zipalign apksigner:apksigner dexdump:dexdump npm:npm; do
@@ -41,7 +43,7 @@ for group in "$@"; do
       command -v readelf >/dev/null || missing+=(binutils)
       ;;
     *)
-      echo "error: the group $group is unknown; there is: android" >&2
+      echo "error: the group $group is unknown; there are: gpu, android" >&2
       exit 1
       ;;
   esac

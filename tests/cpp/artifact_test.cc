@@ -184,7 +184,7 @@ TEST_CASE("index: a valid one and hostile values") {
 TEST_CASE("targets: the fullest that runs here, else what is missing") {
   Manifest manifest;
   auto add = [&](const char* name, const char* device, const char* arch, std::vector<std::string> features) {
-    manifest.targets.push_back(TargetEntry{name, device, arch, std::move(features), "l", "p"});
+    manifest.targets.push_back(TargetEntry{name, device, arch, std::move(features), "k", "l", "p"});
   };
   add("base", "cpu", "x86_64", {});
   add("avx2", "cpu", "x86_64", {"avx2", "fma"});
