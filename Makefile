@@ -50,7 +50,7 @@ demo: .venv/.installed ## compile the embedded model and run it at three memory 
 test: lint test-cpp test-python ## every check: lint, C++ under sanitizers, Python (at most 15 minutes on two cores)
 
 .PHONY: test-full
-test-full: lint test-cpp fuzz android-tools ## test, with long fuzzing and the slow tests
+test-full: lint test-cpp test-tsan fuzz android-tools ## test, with ThreadSanitizer, long fuzzing and the slow tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not cross and not swift"
 
 .PHONY: test-python
@@ -79,11 +79,14 @@ build/tsan/.built: .venv/.dependencies CMakeLists.txt $(CXX_FILES) $(CXX_TEST_FI
 	touch $@
 
 .PHONY: test-cpp
-test-cpp: build/asan/.built build/tsan/.built gpu-tools ## the C++ tests, under AddressSanitizer and UBSan, then ThreadSanitizer
+test-cpp: build/asan/.built gpu-tools ## the C++ tests under AddressSanitizer and UBSan, short fuzzing
 	build/asan/cfmoe_tests
-	build/tsan/cfmoe_tests
 	build/asan/cfmoe_fuzz_load $(FUZZ_RUNS)
 	build/asan/cfmoe_fuzz_capi $(FUZZ_RUNS)
+
+.PHONY: test-tsan
+test-tsan: build/tsan/.built gpu-tools ## the C++ tests under ThreadSanitizer
+	build/tsan/cfmoe_tests
 
 .PHONY: fuzz
 fuzz: build/asan/.built ## long fuzzing of the loader and of the C API
