@@ -215,7 +215,7 @@ def test_activations_computed_twice_change_nothing(base: Recipe) -> None:
     assert losses(again) == pytest.approx(losses(kept), rel=1e-6)
 
 
-@pytest.mark.parametrize(("adapter", "average"), [("lora", 0.75), ("full", 0.0)])
+@pytest.mark.parametrize(("adapter", "average"), [("lora", 0.75), pytest.param("full", 0.0, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     base: Recipe, monkeypatch: pytest.MonkeyPatch, adapter: str, average: float
 ) -> None:

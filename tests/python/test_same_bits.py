@@ -106,7 +106,7 @@ def _logits(case: str, quant: str, chosen: list[targets.CpuTarget], tmp_path: Pa
     return logits
 
 
-@pytest.mark.parametrize(("case", "quant"), [("gpt_oss", "mixed"), ("qwen3_moe", "f32")])
+@pytest.mark.parametrize(("case", "quant"), [pytest.param("gpt_oss", "mixed", marks=pytest.mark.slow), ("qwen3_moe", "f32")])
 def test_logits_are_the_same_on_every_target_with_fused_multiply_adds(case: str, quant: str, tmp_path: Path, demo_model: Path) -> None:
     first, *others = _logits(case, quant, [t for t in RUNNABLE if t.simd.fused], tmp_path, demo_model)
     for other in others:
