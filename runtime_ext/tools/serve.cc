@@ -3,11 +3,9 @@
 #include "serve.h"
 
 #include <signal.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -28,53 +26,16 @@
 #include "cfmoe/simulate.h"
 #include "error.h"
 #include "json_writer.h"
+#include "line_reader.h"
 #include "report.h"
 
 namespace cfmoe::tools {
 namespace {
 
 constexpr int kProtocolVersion = 1;
-constexpr size_t kMaxLine = size_t{8} << 20, kMaxPrompt = size_t{4} << 20, kMaxTokens = size_t{1} << 20;
+constexpr size_t kMaxPrompt = size_t{4} << 20, kMaxTokens = size_t{1} << 20;
 constexpr size_t kErrorBytes = 2048, kTextBytes = size_t{64} << 10;
 constexpr uint32_t kDefaultNewTokens = 256;
-
-// Lines of bounded length from a descriptor; a longer one is skipped and said to be so.
-class LineReader {
- public:
-  explicit LineReader(int descriptor) : descriptor_(descriptor) {}
-
-  // False at the end. `too_long` says that the line was skipped.
-  bool next(std::string* line, bool* too_long) {
-    line->clear();
-    *too_long = false;
-    for (;;) {
-      const size_t end = buffer_.find('\n', from_);
-      const size_t size = std::min(end, buffer_.size()) - from_;
-      if (!*too_long) line->append(buffer_, from_, size);
-      if (line->size() > kMaxLine) {
-        *too_long = true;
-        line->clear();
-      }
-      if (end != std::string::npos) {
-        from_ = end + 1;
-        return true;
-      }
-      from_ = 0;
-      buffer_.resize(size_t{64} << 10);
-      ssize_t got;
-      do {
-        got = ::read(descriptor_, buffer_.data(), buffer_.size());
-      } while (got < 0 && errno == EINTR);
-      buffer_.resize(got > 0 ? static_cast<size_t>(got) : 0);
-      if (got <= 0) return !line->empty() || *too_long;
-    }
-  }
-
- private:
-  int descriptor_;
-  std::string buffer_;
-  size_t from_ = 0;
-};
 
 struct Request {
   std::string id = "null";  // as JSON
@@ -201,12 +162,18 @@ std::pair<uint64_t, double> budget_of(const JsonValue& body) {
           percent ? percent->number(1e-9, 100) : 0};
 }
 
+// In bytes; 0, the least that works, where a trim names none.
+uint64_t trim_budget(const JsonValue& body) {
+  const std::optional<JsonValue> bytes = given(body, "memory_budget");
+  return bytes ? bytes->size_value() : 0;
+}
+
 void Server::read_requests() {
   std::string line;
   bool too_long = false;
   while (!broken_ && reader_.next(&line, &too_long)) {
     if (too_long) {
-      fail("null", "protocol", "request: the line has more than " + std::to_string(kMaxLine) + " bytes");
+      fail("null", "protocol", "request: the line has more than " + std::to_string(LineReader::kMaxLine) + " bytes");
       continue;
     }
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
@@ -221,7 +188,7 @@ void Server::read_requests() {
 void Server::accept(const std::string& line) {
   Request request;
   try {
-    request.body = JsonValue::parse(line, "request", "", {kMaxLine, 32});
+    request.body = JsonValue::parse(line, "request", "", {LineReader::kMaxLine, 32});
     if (const std::optional<JsonValue> id = given(*request.body, "id")) {
       request.id = id->is_integer() ? std::to_string(id->integer(INT64_MIN, INT64_MAX)) : json_string(id->text(256));
     }
@@ -237,8 +204,7 @@ void Server::accept(const std::string& line) {
     }
     if (request.op == "trim") {
       check_fields(*request.body, {"memory_budget"});
-      const std::optional<JsonValue> bytes = given(*request.body, "memory_budget");
-      const uint64_t budget = bytes ? bytes->size_value() : 0;
+      const uint64_t budget = trim_budget(*request.body);
       const std::lock_guard lock(handles_mutex_);
       Call call;
       if (engine_ != nullptr) call.check(cfmoe_engine_trim(engine_, budget, call.error(), Call::size()));
@@ -289,9 +255,8 @@ void Server::handle(const Request& request) {
       set_budget(request);
     } else if (request.op == "trim") {
       // Done already, unless a load was still to come.
-      const std::optional<JsonValue> bytes = given(body, "memory_budget");
       Call call;
-      call.check(cfmoe_engine_trim(engine(), bytes ? bytes->size_value() : 0, call.error(), Call::size()));
+      call.check(cfmoe_engine_trim(engine(), trim_budget(body), call.error(), Call::size()));
       reply(request, "budget", JsonObject().add("memory", memory_json(engine_)));
     } else if (request.op == "metrics") {
       report_metrics(request);

@@ -29,6 +29,17 @@ def user_paths(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, "1")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models of a few layers only lose time by sharing their work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The embedded checkpoint."""

@@ -18,14 +18,7 @@ from moe_models import EXPERTS, FAMILIES, TOP_K, random_tokens, tiny_config, tin
 
 SIGMOID = {"deepseek_v3", "glm4_moe", "llama4_text"}
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time by sharing their work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager
