@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("peft")
-
-from cfmoe.errors import CFMoEError  # noqa: E402
-from cfmoe.tune.elastic import (  # noqa: E402
+from cfmoe.errors import CFMoEError
+from cfmoe.tune.elastic import (
     adapt,
     decoder_layer,
     load_adapter,
@@ -20,9 +18,9 @@ from cfmoe.tune.elastic import (  # noqa: E402
     save_adapter,
     trainable_parameters,
 )
-from cfmoe.tune.locality import Locality, locality_loss  # noqa: E402
-from cfmoe.tune.routers import RouterRecorder, find_moe_layers  # noqa: E402
-from moe_models import random_tokens, tiny_model  # noqa: E402
+from cfmoe.tune.locality import Locality, locality_loss
+from cfmoe.tune.routers import RouterRecorder, find_moe_layers
+from moe_models import random_tokens, tiny_model
 
 FAMILIES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss")
 ECR = [0.2, 0.4, 0.3, 0.5]

@@ -17,24 +17,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from cfmoe.errors import CFMoEError  # noqa: E402
-from cfmoe.runtime import Simulator  # noqa: E402
-from cfmoe.trace import Trace, window_segments  # noqa: E402
-from cfmoe.tune.checkpoint import load_model, load_tokenizer  # noqa: E402
-from cfmoe.tune.data import Tokens, encode_examples  # noqa: E402
-from cfmoe.tune.elastic import adapt, save_adapter  # noqa: E402
-from cfmoe.tune.evaluate import Evaluation, Scored, evaluate, rouge, summarise  # noqa: E402
-from cfmoe.tune.evaluation import run  # noqa: E402
-from cfmoe.tune.evaluation_report import RELEASED, compare  # noqa: E402
-from cfmoe.tune.hits import size_for_hit_rate  # noqa: E402
-from cfmoe.tune.routers import RouterRecorder, find_moe_layers  # noqa: E402
-from cfmoe.tune.tasks import Example  # noqa: E402
-from conftest import _shared  # noqa: E402
-from support import ROOT  # noqa: E402
+from cfmoe.errors import CFMoEError
+from cfmoe.runtime import Simulator
+from cfmoe.trace import Trace, window_segments
+from cfmoe.tune.checkpoint import load_model, load_tokenizer
+from cfmoe.tune.data import Tokens, encode_examples
+from cfmoe.tune.elastic import adapt, save_adapter
+from cfmoe.tune.evaluate import Evaluation, Scored, evaluate, rouge, summarise
+from cfmoe.tune.evaluation import run
+from cfmoe.tune.evaluation_report import RELEASED, compare
+from cfmoe.tune.hits import size_for_hit_rate
+from cfmoe.tune.routers import RouterRecorder, find_moe_layers
+from cfmoe.tune.tasks import Example
+from conftest import _shared
+from support import ROOT
 
 QUESTIONS = [
     Example("Question: is water wet?\nAnswer:", "yes", "is water wet?", True),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -128,7 +127,6 @@ def test_a_recorded_trace_names_no_slots_that_were_changed(demo_artifact: Path, 
         assert Trace.read(tmp_path / "a.trace").slots == 0
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are missing")
 def test_exported_symbols_are_the_c_api() -> None:
     declared: set[str] = set()
     for header in (ROOT / "runtime_ext" / "include" / "cfmoe").glob("*.h"):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from cfmoe.errors import CFMoEError  # noqa: E402
-from cfmoe.tune import locality  # noqa: E402
-from cfmoe.tune.locality import KINDS, PADDING, Locality, locality_loss, residents, segment_ids  # noqa: E402
+from cfmoe.errors import CFMoEError
+from cfmoe.tune import locality
+from cfmoe.tune.locality import KINDS, PADDING, Locality, locality_loss, residents, segment_ids
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 

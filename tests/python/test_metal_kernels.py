@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ziglang")
-
 import test_gpu_kernels as gpu_tests
 from cfmoe.compile import compile_model
 from cfmoe.compile.codegen.kernel_set import KernelSet, build_source

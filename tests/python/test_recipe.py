@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from cfmoe.errors import CFMoEError  # noqa: E402
-from cfmoe.tune import recipe as recipes  # noqa: E402
-from cfmoe.tune.average import TailAverage  # noqa: E402
-from cfmoe.tune.checkpoint import load_model  # noqa: E402
-from cfmoe.tune.elastic import load_adapter  # noqa: E402
-from cfmoe.tune.merged import save_merged  # noqa: E402
-from cfmoe.tune.recipe import Recipe, tune  # noqa: E402
-from cfmoe.tune.schedule import QualityBudget, weight_at  # noqa: E402
-from cfmoe.tune.trainer import LocalityTrainer, balance_loss  # noqa: E402
-from moe_models import random_tokens, tiny_model  # noqa: E402
-from support import ROOT  # noqa: E402
+from cfmoe.errors import CFMoEError
+from cfmoe.tune import recipe as recipes
+from cfmoe.tune.average import TailAverage
+from cfmoe.tune.checkpoint import load_model
+from cfmoe.tune.elastic import load_adapter
+from cfmoe.tune.merged import save_merged
+from cfmoe.tune.recipe import Recipe, tune
+from cfmoe.tune.schedule import QualityBudget, weight_at
+from cfmoe.tune.trainer import LocalityTrainer, balance_loss
+from moe_models import random_tokens, tiny_model
+from support import ROOT
 
 WORDS = ["the", "a", "cat", "dog", "house", "tree", "sees", "finds", "likes", "small", "large", "red", "old", "and", "or", "of", "in", "on"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,7 +77,6 @@ def test_a_formatted_size_is_read_back_nearly(size: int) -> None:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token per byte, and some merges that end inside characters."""
-    tokenizers = pytest.importorskip("tokenizers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     emoji = _byte_letters("🙂".encode())
     merges = [(emoji[0], emoji[1]), (emoji[2], emoji[3])]

@@ -7,12 +7,11 @@ import lzma
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from cfmoe.errors import CFMoEError  # noqa: E402
-from cfmoe.tune.checkpoint import load_model, load_tokenizer  # noqa: E402
-from cfmoe.tune.data import (  # noqa: E402
+from cfmoe.errors import CFMoEError
+from cfmoe.tune.checkpoint import load_model, load_tokenizer
+from cfmoe.tune.data import (
     IGNORED,
     Document,
     Tokens,
@@ -25,9 +24,9 @@ from cfmoe.tune.data import (  # noqa: E402
     read_documents,
     split,
 )
-from cfmoe.tune.locality import PADDING, Locality, locality_loss, segment_ids  # noqa: E402
-from cfmoe.tune.routers import RouterRecorder  # noqa: E402
-from cfmoe.tune.tasks import Example  # noqa: E402
+from cfmoe.tune.locality import PADDING, Locality, locality_loss, segment_ids
+from cfmoe.tune.routers import RouterRecorder
+from cfmoe.tune.tasks import Example
 
 
 def test_only_the_answer_is_predicted(demo_model: Path) -> None:
