@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cfmoe/cfmoe.h"
+#include "profile.h"
 #include "report.h"
 
 namespace cfmoe::tools {
@@ -23,7 +24,7 @@ struct Options {
   std::vector<std::string> budgets;
   uint32_t prompt_tokens = 128, new_tokens = 64, context_size = 0;
   int32_t threads = 0, repeat = 1;
-  bool json = false;
+  bool json = false, profile = false;
 };
 
 template <typename Integer>
@@ -64,8 +65,8 @@ Options parse(const std::vector<std::string>& arguments) {
       options.artifact = name;
       continue;
     }
-    if (name == "--json") {
-      options.json = true;
+    if (name == "--json" || name == "--profile") {
+      (name == "--json" ? options.json : options.profile) = true;
       continue;
     }
     if (i + 1 == arguments.size()) throw std::invalid_argument(name + " needs a value, or is unknown");
@@ -190,16 +191,38 @@ JsonObject measure(const Options& options, const std::string& budget) {
   return out;
 }
 
+JsonObject measure_profile(const Options& options, const std::string& budget) {
+  cfmoe_engine_options sizes = {};
+  if (!budget.empty()) parse_budget(budget, &sizes);
+  ProfileRequest request;
+  request.artifact = options.artifact;
+  request.prompt_tokens = options.prompt_tokens;
+  request.new_tokens = options.new_tokens;
+  request.options.budget_bytes = sizes.budget_bytes;
+  request.options.expert_percent = sizes.expert_percent;
+  request.options.context_size = options.context_size;
+  request.options.threads = options.threads;
+  request.options.io = options.io;
+  if (!options.policy.empty()) request.options.policy = options.policy;
+  request.options.placement = {options.device, options.prefill_device, options.decode_device};
+  if (!options.json) std::printf("budget %s\n", budget.empty() ? "(all that fits)" : budget.c_str());
+  JsonObject out;
+  out.add("memory_budget", budget).raw("profile", profile(request, options.json).str());
+  return out;
+}
+
 }  // namespace
 
 int bench(const std::vector<std::string>& arguments) {
   try {
     const Options options = parse(arguments);
-    if (!options.json) std::printf("        budget          experts  prefill/s   decode/s  hit rate  KiB/token\n");
+    if (!options.json && !options.profile)
+      std::printf("        budget          experts  prefill/s   decode/s  hit rate  KiB/token\n");
     std::string results;
     for (int32_t round = 0; round < options.repeat; ++round) {
       for (const std::string& budget : options.budgets)
-        results += (results.empty() ? "" : ", ") + measure(options, budget).str();
+        results += (results.empty() ? "" : ", ") +
+                   (options.profile ? measure_profile(options, budget) : measure(options, budget)).str();
     }
     if (options.json) std::printf("{\"results\": [%s]}\n", results.c_str());
     return 0;

@@ -13,7 +13,7 @@ namespace {
 constexpr char kUsage[] =
     "usage: cfmoe-engine bench ARTIFACT [--memory-budget SIZE[,SIZE...]] [--prompt-tokens N] [--new-tokens N]\n"
     "                          [--context-size N] [--threads N] [--io MODE] [--policy NAME] [--repeat N]\n"
-    "                          [--device D] [--prefill-device D] [--decode-device D] [--json]\n"
+    "                          [--device D] [--prefill-device D] [--decode-device D] [--profile] [--json]\n"
     "       cfmoe-engine bench-kernels ARTIFACT [--device vulkan|opencl] [--experts N[,N...]] [--rounds N]\n"
     "                          [--repeat N] [--slab-mib N] [--json]\n"
     "       cfmoe-engine serve-stdio    requests and answers as JSON lines: docs/serve-stdio.md\n"

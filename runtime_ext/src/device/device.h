@@ -129,7 +129,7 @@ class Stream {
   virtual void mark() = 0;
   // Seconds of the marks since the last call, after wait().
   virtual std::vector<double> marks() = 0;
-  static constexpr uint32_t kMaxMarks = 256;
+  static constexpr uint32_t kMaxMarks = 1024;
 
  protected:
   Stream() = default;

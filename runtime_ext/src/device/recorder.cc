@@ -6,6 +6,8 @@
 namespace cfmoe::device {
 namespace {
 
+constexpr char kIdle[] = "(idle)", kCopy[] = "(copy)";
+
 bool conflict(const Bindings::Use& a, const Bindings::Use& b) {
   return (a.write || b.write) && a.view.buffer == b.view.buffer && a.view.offset < b.view.offset + b.view.size &&
          b.view.offset < a.view.offset + a.view.size;
@@ -27,24 +29,70 @@ void Recorder::use(std::span<const Bindings::Use> uses) {
 
 void Recorder::dispatch(const Bindings& bindings, std::span<const int32_t> scalars,
                         const std::array<uint32_t, 3>& groups) {
-  use(bindings.uses());
-  stream_.dispatch(bindings, scalars, groups);
+  begin_timing();
+  {
+    const Profile::Scope scope(profile_, HostPart::kRecord);
+    use(bindings.uses());
+    stream_.dispatch(bindings, scalars, groups);
+  }
+  end_timing(bindings.kernel().code().name);
 }
 
 void Recorder::copy(const View& from, const View& to) {
-  const Bindings::Use uses[] = {{from, false}, {to, true}};
-  use(uses);
-  stream_.copy(from, to);
+  begin_timing();
+  {
+    const Profile::Scope scope(profile_, HostPart::kRecord);
+    const Bindings::Use uses[] = {{from, false}, {to, true}};
+    use(uses);
+    stream_.copy(from, to);
+  }
+  end_timing(kCopy);
+}
+
+void Recorder::submit() {
+  const Profile::Scope scope(profile_, HostPart::kSubmit);
+  stream_.submit();
+  begun_ = false;
 }
 
 void Recorder::finish() {
   if (pending_) {
-    stream_.submit();
-    stream_.wait();
+    submit();
+    {
+      const Profile::Scope scope(profile_, HostPart::kWait);
+      stream_.wait();
+    }
+    take_times();
   }
   pending_ = false;
   uses_.clear();
   ++finished_;
+}
+
+// Kernels that nothing orders may run side by side: then the later ones have what they took longer.
+void Recorder::begin_timing() {
+  if (profile_ == nullptr || !profile_->timestamps()) return;
+  if (marks_.size() + 2 > Stream::kMaxMarks) finish();
+  if (begun_) return;
+  begun_ = true;
+  stream_.mark();
+  marks_.emplace_back(profile_, kIdle);
+}
+
+void Recorder::end_timing(const std::string& name) {
+  if (profile_ == nullptr || !profile_->timestamps()) return;
+  stream_.mark();
+  marks_.emplace_back(profile_, name);
+}
+
+void Recorder::take_times() {
+  if (marks_.empty()) return;
+  const std::vector<double> times = stream_.marks();
+  for (size_t i = 0; i < times.size(); ++i) {
+    if (last_mark_ > 0) marks_[i].first->add_kernel(marks_[i].second, std::max(times[i] - last_mark_, 0.0));
+    last_mark_ = times[i];
+  }
+  marks_.clear();
 }
 
 }  // namespace cfmoe::device

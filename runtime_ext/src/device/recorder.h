@@ -4,9 +4,12 @@
 #include <array>
 #include <cstdint>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
+#include "device/profile.h"
 
 namespace cfmoe::device {
 
@@ -17,19 +20,31 @@ class Recorder {
   void dispatch(const Bindings& bindings, std::span<const int32_t> scalars, const std::array<uint32_t, 3>& groups);
   void copy(const View& from, const View& to);
   // Starts what was recorded.
-  void submit() { stream_.submit(); }
+  void submit();
   // Starts what was recorded and waits until everything has ended.
   void finish();
   // How many times everything has ended.
   uint64_t finished() const { return finished_; }
 
+  // Where costs are noted from now on, or null.
+  void profile(Profile* profile) { profile_ = profile; }
+  // The time until the next command is nobody's.
+  void forget_time() { last_mark_ = 0; }
+
  private:
   void use(std::span<const Bindings::Use> uses);
+  void begin_timing();
+  void end_timing(const std::string& name);
+  void take_times();
 
   Stream& stream_;
   uint64_t finished_ = 0;
   bool pending_ = false;             // recorded or submitted, and not waited for
   std::vector<Bindings::Use> uses_;  // since the last barrier, or the last finish
+  Profile* profile_ = nullptr;
+  std::vector<std::pair<Profile*, std::string>> marks_;  // what ended at each mark of the stream
+  bool begun_ = false;                                   // the submission under way has a first mark
+  double last_mark_ = 0;                                 // seconds of the device's clock; 0: none
 };
 
 }  // namespace cfmoe::device

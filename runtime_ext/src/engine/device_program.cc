@@ -49,6 +49,8 @@ DeviceProgram::DeviceProgram(const PlanProgram& program, Phase phase, const Plan
       services_(services),
       bounds_(plan.bounds),
       values_{1, 0, context} {
+  if (services.profile != ProfileMode::kOff)
+    profile_ = std::make_unique<device::Profile>(services.profile == ProfileMode::kKernels);
   for (const PlanBuffer& buffer : program.buffers) buffers_.push_back(place(buffer));
   for (const PlanStep& in : program.steps) {
     Step& step = steps_.emplace_back();
@@ -108,14 +110,18 @@ void DeviceProgram::route(const PlanStep& plan, const Step& step) {
   workspace.pull(*services_.recorder, logits);
   services_.recorder->finish();
   const int64_t stride = program_.buffers[plan.logits].shape[1].evaluate(values_);
-  services_.router->route(reinterpret_cast<const float*>(workspace.host(logits)), values_.n, stride,
-                          reinterpret_cast<int32_t*>(workspace.host(ids)),
-                          reinterpret_cast<float*>(workspace.host(weights)), plan.groups);
+  {
+    const device::Profile::Scope scope(profile_.get(), device::HostPart::kRoute);
+    services_.router->route(reinterpret_cast<const float*>(workspace.host(logits)), values_.n, stride,
+                            reinterpret_cast<int32_t*>(workspace.host(ids)),
+                            reinterpret_cast<float*>(workspace.host(weights)), plan.groups);
+  }
   if (step.ids_used) workspace.push(*services_.recorder, ids);
   workspace.push(*services_.recorder, weights);
 }
 
 void DeviceProgram::run_experts(const PlanStep& plan) {
+  const device::Profile::Scope scope(profile_.get(), device::HostPart::kExperts);
   (*services_.between_layers)();
   services_.compute->bind(buffers_[plan.activation], buffers_[plan.rows], buffers_[plan.scratch]);
   const ExpertsCall call{reinterpret_cast<const int32_t*>(services_.workspace->host(buffers_[plan.ids])),
@@ -130,6 +136,9 @@ void DeviceProgram::run_experts(const PlanStep& plan) {
 }
 
 void DeviceProgram::run(int64_t n, int64_t position) {
+  if (profile_) profile_->start();
+  const device::Profile::Scope scope(profile_.get(), device::HostPart::kOther);
+  services_.recorder->profile(profile_.get());
   // Where a run before this one failed, its commands may still be at work.
   services_.recorder->finish();
   values_.n = n;

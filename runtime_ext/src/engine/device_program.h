@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "device/device.h"
+#include "device/profile.h"
 #include "device/recorder.h"
 #include "engine/device_experts.h"
 #include "engine/device_memory.h"
@@ -33,6 +34,9 @@ class DeviceKernels {
   std::vector<std::unique_ptr<device::Kernel>> loaded_;
 };
 
+// What is measured while programs run: nothing, the host's parts, or the kernels too, which slows all else down.
+enum class ProfileMode : uint8_t { kOff, kHost, kKernels };
+
 // Everything that a program works with; it must outlive the program.
 struct DeviceServices {
   device::Device* device = nullptr;
@@ -45,6 +49,7 @@ struct DeviceServices {
   DeviceExperts* compute = nullptr;  // null for a program without experts
   const std::atomic<bool>* cancelled = nullptr;
   const std::function<void()>* between_layers = nullptr;  // called while no expert is in use
+  ProfileMode profile = ProfileMode::kOff;
 };
 
 class DeviceProgram final : public Program {
@@ -57,6 +62,7 @@ class DeviceProgram final : public Program {
   void* input() override { return services_.workspace->host(input_); }
   void run(int64_t n, int64_t position) override;
   void* output() override { return services_.workspace->host(buffers_[program_.output]); }
+  device::Profile* profile() const { return profile_.get(); }  // null where nothing is measured
 
  private:
   struct Step {
@@ -76,6 +82,7 @@ class DeviceProgram final : public Program {
   Phase phase_;
   device::View input_;
   DeviceServices services_;
+  std::unique_ptr<device::Profile> profile_;
   SymbolBounds bounds_;
   SymbolValues values_;
   std::vector<device::View> buffers_;  // by place in the plan, of their largest size

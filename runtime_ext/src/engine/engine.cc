@@ -66,7 +66,8 @@ void append_warning(std::string* all, const std::string& warning) {
 
 void Engine::add_warning(const std::string& warning) { append_warning(&warning_, warning); }
 
-Engine::Engine(const std::string& artifact, const EngineOptions& options) : policy_(options.policy) {
+Engine::Engine(const std::string& artifact, const EngineOptions& options)
+    : policy_(options.policy), profile_(options.profile) {
   if (options.threads < 0 || options.threads > kMaxThreads) {
     throw Error("--threads " + std::to_string(options.threads) + " is outside 0 (one per physical core) to " +
                 std::to_string(kMaxThreads));
@@ -266,7 +267,8 @@ void Engine::make_device_programs() {
     compute = std::make_unique<DeviceExperts>(phase, device, *device_recorder_, *device_workspace_,
                                               device_kernels_->get(gate_up), device_kernels_->get(down));
     return DeviceServices{&device,       &*device_recorder_,  &*device_kernels_, &*memory_,   &*device_workspace_,
-                          router_.get(), experts_step_.get(), compute.get(),     &cancelled_, &between_layers_};
+                          router_.get(), experts_step_.get(), compute.get(),     &cancelled_, &between_layers_,
+                          profile_};
   };
   const device::View &tokens = device_workspace_->tokens, &hidden = device_workspace_->hidden;
   if (!on_cpu(Phase::kPrefill)) {
@@ -278,6 +280,31 @@ void Engine::make_device_programs() {
     decode_ = std::make_unique<DeviceProgram>(gpu_plan_->decode, Phase::kDecode, *gpu_plan_, tokens, kv_rows_, decode);
     head_ = std::make_unique<DeviceProgram>(gpu_plan_->head, Phase::kDecode, *gpu_plan_, hidden, kv_rows_, decode);
   }
+}
+
+std::vector<std::pair<std::string, DeviceProgram*>> Engine::device_programs() const {
+  std::vector<std::pair<std::string, DeviceProgram*>> out;
+  if (!on_cpu(Phase::kPrefill)) out.emplace_back("prefill", static_cast<DeviceProgram*>(prefill_.get()));
+  if (!on_cpu(Phase::kDecode)) {
+    out.emplace_back("decode", static_cast<DeviceProgram*>(decode_.get()));
+    out.emplace_back("head", static_cast<DeviceProgram*>(head_.get()));
+  }
+  return out;
+}
+
+std::vector<std::pair<std::string, const device::Profile*>> Engine::profiles() const {
+  std::vector<std::pair<std::string, const device::Profile*>> out;
+  for (const auto& [name, program] : device_programs()) {
+    if (program->profile() != nullptr) out.emplace_back(name, program->profile());
+  }
+  return out;
+}
+
+void Engine::reset_profiles() {
+  for (const auto& [name, program] : device_programs()) {
+    if (program->profile() != nullptr) program->profile()->reset();
+  }
+  if (device_recorder_) device_recorder_->forget_time();
 }
 
 Trace Engine::trace_header() const {

@@ -11,6 +11,8 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "artifact/artifact_files.h"
 #include "cache/expert_cache.h"
@@ -38,6 +40,7 @@ struct EngineOptions {
   bool record_trace = false;
   bool record_scores = false;  // in the trace; where the policy wants scores they are there anyway
   PlacementOptions placement;
+  ProfileMode profile = ProfileMode::kOff;  // of what runs on a GPU
 };
 
 struct EngineMemory {
@@ -100,6 +103,9 @@ class Engine {
   // Of the device that is no CPU; "" where both phases run on the CPU.
   const char* device_name() const { return placement_.device ? placement_.device->facts().name.c_str() : ""; }
   void add_warning(const std::string& warning);
+  // Of what ran on a GPU since the engine was opened, or since reset_profiles(): "prefill", "decode", "head" (logits).
+  std::vector<std::pair<std::string, const device::Profile*>> profiles() const;
+  void reset_profiles();
 
   ExpertCache& cache() { return *cache_; }
   const TraceRecorder* recorder() const { return recorder_ ? &*recorder_ : nullptr; }
@@ -125,6 +131,7 @@ class Engine {
   DeviceWorkspaceSizes device_workspace_sizes() const;
   uint64_t available() const;
   Trace trace_header() const;
+  std::vector<std::pair<std::string, DeviceProgram*>> device_programs() const;
   uint64_t budget_of(int32_t slots) const;
   BudgetPlan plan(BudgetRequest request) const;
   void resize(const BudgetPlan& plan);
@@ -141,6 +148,7 @@ class Engine {
   BudgetPlan budget_;
   mutable std::mutex budget_mutex_;  // of budget_ and of the pool's size; a trim may come from another thread
   std::string policy_, warning_;
+  ProfileMode profile_;
 
   std::optional<ModelMemory> memory_;
   AlignedBuffer workspace_;
