@@ -12,7 +12,8 @@ from tvm import tirx
 from tvm.target import Target
 from tvm.tirx.script.builder import ir as T
 
-from cfmoe.compile.codegen import glsl, spirv, vulkan_build
+from cfmoe.compile.codegen import glsl, glsl_expression, glsl_helpers, spirv, vulkan_build, walk
+from cfmoe.compile.codegen.glsl_expression import Expressions
 from cfmoe.compile.kernels.builder import build, f32
 from cfmoe.compile.kernels.gpu import builder as b
 from cfmoe.compile.kernels.gpu.builder import i32
@@ -146,6 +147,7 @@ EXPRESSIONS: dict[str, tuple[Sequence[np.ndarray], str, Callable[..., Any], Call
     "rsqrt": ((POSITIVE,), "float32", T.rsqrt, lambda x: 1 / np.sqrt(x)),
     "sin": ((F,), "float32", T.sin, np.sin),
     "cos": ((F,), "float32", T.cos, np.cos),
+    "tan": ((F / 4,), "float32", T.tan, np.tan),
     "tanh": ((F,), "float32", T.tanh, np.tanh),
     "pow": ((POSITIVE, G), "float32", T.pow, np.power),
     "floor": ((F,), "float32", T.floor, np.floor),
@@ -153,6 +155,8 @@ EXPRESSIONS: dict[str, tuple[Sequence[np.ndarray], str, Callable[..., Any], Call
     "trunc": ((F,), "float32", T.trunc, np.trunc),
     "fabs": ((F,), "float32", T.fabs, np.abs),
     "nearbyint": ((F,), "float32", T.nearbyint, np.rint),
+    "round": (((N / 2).astype(np.float32),), "float32", T.round, np.rint),
+    "fma": ((F, G), "float32", lambda x, y: T.fma(x, y, x), lambda x, y: (x.astype(np.float64) * y + x).astype(np.float32)),
     "likely": ((F,), "int32", lambda x: select(tirx.likely(x > f32(0.0))), lambda x: x > 0),
     "call_pure_extern": ((F,), "float32", lambda x: T.call_pure_extern("float32", "expf", x), np.exp),
     "rint": ((F * 2,), "float32", b.rint, np.rint),
@@ -166,7 +170,7 @@ EXPRESSIONS: dict[str, tuple[Sequence[np.ndarray], str, Callable[..., Any], Call
     ),
 }
 # GLSL promises less of these than numpy computes.
-LOOSE = {"sin", "cos", "tanh", "pow", "exp", "exp2", "log", "log2"}
+LOOSE = {"sin", "cos", "tan", "tanh", "pow", "exp", "exp2", "log", "log2"}
 
 
 def bytes4(words: np.ndarray) -> np.ndarray:
@@ -194,9 +198,12 @@ def test_integer_dot_in_hardware_has_the_same_sums(device: VulkanDevice) -> None
     np.testing.assert_array_equal(result, oracle(*inputs))
 
 
+def shuffled(x: Any) -> Any:
+    return b.extern("float32", "shuffle_xor", x, i32(1))
+
+
 def test_subgroup_shuffle(device: VulkanDevice) -> None:
-    function = pointwise((F,), "float32", lambda x: b.extern("float32", "shuffle_xor", x, i32(1)))
-    result = run(device, function, [F, np.zeros_like(F)], features=frozenset({"subgroup_shuffle"}))[-1]
+    result = run(device, pointwise((F,), "float32", shuffled), [F, np.zeros_like(F)], features=frozenset({"subgroup_shuffle"}))[-1]
     np.testing.assert_array_equal(result, F.reshape(-1, 2)[:, ::-1].reshape(-1))
 
 
@@ -240,9 +247,8 @@ VECTORS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[np.ndarray, np.nda
 }
 
 
-@pytest.mark.parametrize("name", VECTORS)
-def test_vectors_of_four(device: VulkanDevice, name: str) -> None:
-    value, oracle = VECTORS[name]
+def by_fours(value: Callable[[Any, Any], Any]) -> tirx.PrimFunc:
+    """out[4 * i:][:4] = value(x[4 * i:][:4], y[4 * i:][:4])."""
 
     def body() -> None:
         (x, y, out), _ = b.parameters([], x="float32", y="float32", out="float32")
@@ -250,7 +256,13 @@ def test_vectors_of_four(device: VulkanDevice, name: str) -> None:
             at = b.let("at", thread * i32(4))
             T.buffer_store(out, value(b.load(x, at, 4), b.load(y, at, 4)), [T.ramp(at, 1, 4)])
 
-    result = run(device, b.build("kernel", body), [F, G, np.zeros(COUNT, np.float32)], grid=(1, 1, 1))[-1]
+    return b.build("kernel", body)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_of_four(device: VulkanDevice, name: str) -> None:
+    value, oracle = VECTORS[name]
+    result = run(device, by_fours(value), [F, G, np.zeros(COUNT, np.float32)], grid=(1, 1, 1))[-1]
     np.testing.assert_allclose(result.reshape(-1, 4), oracle(F.reshape(-1, 4), G.reshape(-1, 4)), rtol=1e-5)
 
 
@@ -270,7 +282,7 @@ def test_pairs_and_local_vectors(device: VulkanDevice) -> None:
     np.testing.assert_array_equal(result.reshape(-1, 4), F.reshape(-1, 4)[:, [2, 3, 0, 1]])
 
 
-def test_statements(device: VulkanDevice) -> None:
+def statements() -> tirx.PrimFunc:
     """Loops, conditions, local and shared memory, barriers and scalars: a reversed prefix sum of what passes a threshold."""
 
     def body() -> None:
@@ -293,21 +305,54 @@ def test_statements(device: VulkanDevice) -> None:
             T.evaluate(i32(0))
             b.store(out, at, b.load(total, 0) * b.load(total, 1))
 
-    result = run(device, b.build("kernel", body), [N, np.zeros_like(N)], scalars=(2, -100))[-1]
+    return b.build("kernel", body)
+
+
+def test_statements(device: VulkanDevice) -> None:
+    result = run(device, statements(), [N, np.zeros_like(N)], scalars=(2, -100))[-1]
     held = np.where(N > -100, N, 0).reshape(-1, THREADS)[:, ::-1].copy()
     held[:, :2] = 0
     np.testing.assert_array_equal(result.reshape(-1, THREADS), np.cumsum(held, 1) * 3)
 
 
+def lazy_let(x: Any) -> Any:
+    v = tirx.Var("v", "int32")
+    return T.if_then_else(x > i32(0), tirx.Let(v, T.truncdiv(i32(1000), x), v + v), i32(-1))
+
+
 def test_lazy_branches_do_not_read(device: VulkanDevice) -> None:
     """Let inside a lazy branch stays there: the index is out of range where the condition does not hold."""
-
-    def value(x: Any) -> Any:
-        v = tirx.Var("v", "int32")
-        return T.if_then_else(x > i32(0), tirx.Let(v, T.truncdiv(i32(1000), x), v + v), i32(-1))
-
-    result = run(device, pointwise((N,), "int32", value), [N, np.zeros_like(N)])[-1]
+    result = run(device, pointwise((N,), "int32", lazy_let), [N, np.zeros_like(N)])[-1]
     np.testing.assert_array_equal(result, np.where(N > 0, 1000 // np.where(N > 0, N, 1) * 2, -1))
+
+
+def test_every_kind_of_node_has_an_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the generator has a form for is met in the functions that are compared with numpy above."""
+    met: set[str] = set()
+    text, statement = Expressions.text, glsl._Writer._statement
+
+    def watched_text(self: Expressions, node: Any) -> str:
+        name = walk.operator(node)
+        met.add(str(node.args[0].value) if name == "call_pure_extern" else name or type(node).__name__)
+        return text(self, node)
+
+    def watched_statement(self: glsl._Writer, node: Any) -> None:
+        met.add(type(node).__name__)
+        statement(self, node)
+
+    monkeypatch.setattr(Expressions, "text", watched_text)
+    monkeypatch.setattr(glsl._Writer, "_statement", watched_statement)
+    functions = [pointwise(inputs, out, value) for inputs, out, value, _ in EXPRESSIONS.values()]
+    functions += [by_fours(value) for value, _ in VECTORS.values()]
+    for function in [*functions, statements(), pointwise((N,), "int32", lazy_let), pointwise((F,), "float32", shuffled)]:
+        glsl.emit(function, "kernel", frozenset({"subgroup_shuffle"}), 16384)
+    kinds = {name for name, kind in vars(tirx).items() if isinstance(kind, type)} | {"TensorLoad"}
+    known = {name for name in kinds if hasattr(Expressions, f"_{name.lower()}") or hasattr(glsl._Writer, f"_{name.lower()}")}
+    known |= {*glsl_expression._BINARY, *glsl_expression._COMPARE, *glsl_expression._OPERATORS, "Min", "Max"}
+    known |= {*glsl_expression._FUNCTIONS, "if_then_else", "likely", "reinterpret"}
+    known |= glsl_helpers.NAMES - {"floor_div", "floor_mod"}  # which are FloorDiv and FloorMod
+    assert {"For", "While", "Let", "Ramp", "TensorLoad"} <= known
+    assert sorted(known - met) == []
 
 
 def test_axes_of_the_launch(device: VulkanDevice) -> None:
@@ -371,9 +416,6 @@ def test_a_shader_that_does_not_compile_is_an_error() -> None:
 
 def test_no_shuffle_inside_a_branch() -> None:
     """Neither under an if nor in a lazy operand: on GPUs lanes that do not take part give garbage (lavapipe hides it)."""
-
-    def shuffled(x: Any) -> Any:
-        return b.extern("float32", "shuffle_xor", x, i32(1))
 
     def branch() -> None:
         (x, out), _ = b.parameters([], x="float32", out="float32")

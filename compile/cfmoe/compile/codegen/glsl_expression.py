@@ -26,11 +26,6 @@ _COMPARE = {
     "GE": (">=", "greaterThanEqual"),
 }
 _OPERATORS = {
-    "shift_left": "<<",
-    "shift_right": ">>",
-    "bitwise_and": "&",
-    "bitwise_or": "|",
-    "bitwise_xor": "^",
     "LShift": "<<",
     "RShift": ">>",
     "BitwiseAnd": "&",
@@ -415,10 +410,6 @@ class Expressions:
 
     def _call(self, node: Any) -> str:
         name, args = walk.operator(node), list(node.args)
-        if name in _OPERATORS:
-            return f"({self.text(args[0])} {_OPERATORS[name]} {self.text(args[1])})"
-        if name == "bitwise_not":
-            return f"(~{self.text(args[0])})"
         if name == "if_then_else":
             return self._lazy(*args)
         if name == "likely":
