@@ -10,7 +10,7 @@ import pytest
 
 import artifacts
 from cfmoe.artifact import Artifact
-from cfmoe.artifact.chat import apply_chat_template, render
+from cfmoe.artifact.chat import ChatTemplate, apply_chat_template
 from cfmoe.artifact.writer import ArtifactWriter
 from cfmoe.compile.mlc_config import tokenizer_info
 from cfmoe.errors import CFMoEError
@@ -49,7 +49,7 @@ def test_templates_give_what_transformers_gives(name: str, demo_model: Path) -> 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(demo_model / "tokenizer.json"), **SPECIAL)
     for messages in CHATS:
         expected = tokenizer.apply_chat_template(messages, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False)
-        assert render(TEMPLATES[name], messages, SPECIAL) == expected
+        assert ChatTemplate(TEMPLATES[name], SPECIAL).render(messages) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_templates_give_what_transformers_gives(name: str, demo_model: Path) -> 
 )
 def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
     with pytest.raises(CFMoEError, match="the chat template does not work: ") as failed:
-        render(template, CHATS[0], {})
+        ChatTemplate(template, {}).render(CHATS[0])
     assert reason in str(failed.value)
     assert "\n" not in str(failed.value)
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from cfmoe.artifact.chat import ChatTemplate
 from cfmoe.compile import export_mlc
+from cfmoe.compile.chat_probe import derive_chat
 from cfmoe.compile.export_gguf import ARCHITECTURES, export_gguf
 from cfmoe.compile.gguf_tokenizer import splitting_rule
 from cfmoe.errors import CFMoEError
@@ -360,19 +362,35 @@ def test_what_mlc_lacks_is_refused(case: str, message: str, tmp_path: Path, demo
 
 
 def test_a_chat_template_becomes_a_conversation() -> None:
+    tokens = {"<|im_end|>": 5}
+
+    def form(template: str) -> dict[str, Any]:
+        return export_mlc.conversation(derive_chat(ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"}), tokens, [2]))
+
     chatml = (
         "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    found = export_mlc.conversation(chatml, {"bos_token": "<s>"}, [2])
-    assert found["system_template"] == "<s>{system_message}"
+    found = form(chatml)
+    assert (found["system_template"], found["system_message"]) == ("<s>{system_message}", "")
     assert found["roles"]["user"] == "<|im_start|>user\n"
     assert found["roles"]["assistant"] == "<|im_end|>\n<|im_start|>assistant\n"
     assert found["seps"] == ["", "<|im_end|>\n"]
-    assert found["stop_token_ids"] == [2]
-    counted = "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}"  # not the same around every message
-    for template in (None, counted):
-        assert export_mlc.conversation(template, {}, [])["roles"]["user"] == ""
+    assert found["stop_token_ids"] == [2, 5]
+    # A system message that the template brings itself.
+    own = form("{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + chatml[15:])
+    first = own["system_template"].format(system_message=own["system_message"]) + own["roles"]["user"]
+    assert first == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    assert own["system_message"] == "Be kind."
+    # What stands between a role and its words, but not before a new answer.
+    space = form(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    assert (space["roles"]["user"], space["roles"]["assistant"], space["role_content_sep"]) == ("[INST]", " [/INST]", " ")
+    assert (space["system_template"], space["seps"]) == ("<s>{system_message}", ["", "</s>"])
+    bare = export_mlc.conversation(None, [7])
+    assert (bare["roles"]["user"], bare["stop_token_ids"]) == ("", [7])
 
 
 def test_commands(cli: Cli, tmp_path: Path, demo_model: Path) -> None:

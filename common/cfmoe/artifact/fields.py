@@ -48,6 +48,12 @@ class Fields:
         """An integer in [low, high]."""
         return self._integer(name, self.value(name), low, high)
 
+    def boolean(self, name: str) -> bool:
+        value = self.value(name)
+        if not isinstance(value, bool):
+            raise self.wrong(name, f"is {value!r}, not true or false")
+        return value
+
     def integer_list(self, name: str, low: int, high: int) -> list[int]:
         return [self._integer(f"{name}[{i}]", item, low, high) for i, item in enumerate(self._list(name))]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfmoe.artifact.chat_format import ChatFormat, parse_chat
 from cfmoe.artifact.digest import xxh3_64
 from cfmoe.artifact.fields import Fields
 from cfmoe.artifact.layout import (
@@ -96,6 +97,8 @@ class Manifest:
     files: dict[str, FileEntry]
     provenance: dict[str, str]
     decoder: dict[str, Any] | None  # checked by who compiles from it; None: an artifact of an older version
+    chat: ChatFormat | None
+    chat_absent: str  # why `chat` is None although there is a chat template; "" if there is none
 
 
 @dataclass(frozen=True)
@@ -221,8 +224,9 @@ def _parse_manifest(path: Path) -> Manifest:
         )
     _check_seal(data, path)
     quantisation = root.object("quantisation")
+    model = _parse_model(root.object("model"))
     manifest = Manifest(
-        model=_parse_model(root.object("model")),
+        model=model,
         quantisation_preset=quantisation.text("preset"),
         quantisation_classes=quantisation.object("classes").texts(),
         group_size=quantisation.integer("group_size", 1, _COUNT),
@@ -234,6 +238,8 @@ def _parse_manifest(path: Path) -> Manifest:
         files={name: _parse_file(name, fields) for name, fields in root.object("files").objects()},
         provenance=root.object("provenance").texts(),
         decoder=root.value("decoder") if root.has("decoder") else None,
+        chat=parse_chat(root.object("chat"), model.vocab_size) if root.has("chat") else None,
+        chat_absent=root.text("chat_absent") if root.has("chat_absent") else "",
     )
     for needed in (INDEX, WEIGHTS, EXPERTS, *manifest.tokenizer_files):
         if needed not in manifest.files:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cfmoe.cli._common import ForceOption, JsonOption, compiler_packages, print_summary, split_list, with_progress
+from cfmoe.cli._common import ForceOption, JsonOption, compiler_packages, print_summary, split_list, stderr, with_progress
 
 
 class Quant(StrEnum):
@@ -69,6 +69,9 @@ def compile_command(
         )
     )
     artifact = Artifact.open(path)
+    if artifact.manifest.chat_absent:
+        note = f"note: the apps will not use the chat template: {artifact.manifest.chat_absent}"
+        stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     total = sum(entry.size for entry in artifact.manifest.files.values())
     names = sorted(artifact.manifest.targets)
     facts = {
@@ -78,5 +81,7 @@ def compile_command(
         "bytes": total,
         "expert_bytes": artifact.expert_bytes,
         "seconds": seconds,
+        "chat": artifact.manifest.chat is not None,
+        "chat_absent": artifact.manifest.chat_absent,
     }
     print_summary(facts, f"{path}: {format_size(total)}, {quant.value}, {', '.join(names)}, in {seconds:.1f} s", as_json)

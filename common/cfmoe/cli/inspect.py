@@ -32,6 +32,19 @@ def inspect(
         _print(opened, verified)
 
 
+def _chat(artifact: Artifact) -> str:
+    """What the apps do with messages."""
+    chat, absent = artifact.manifest.chat, artifact.manifest.chat_absent
+    if chat is None:
+        return f"continues text: {absent}" if absent else "continues text: the checkpoint brought no chat template"
+    details = [
+        ("system message", chat.system is not None),
+        ("thoughts are not kept", bool(chat.thinking_end)),
+        ("date", bool(chat.date_format)),
+    ]
+    return ", ".join(["by the checkpoint's template", *(name for name, has in details if has)])
+
+
 def _sizes(artifact: Artifact) -> dict[str, int]:
     """Bytes by what they are for."""
     files = artifact.manifest.files
@@ -67,6 +80,8 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
             "record_stride": experts.record_stride,
         },
         "targets": {name: asdict(target) for name, target in manifest.targets.items()},
+        "chat": asdict(manifest.chat) if manifest.chat else None,
+        "chat_absent": manifest.chat_absent,
         "tensors": len(artifact.index.weights),
         "bytes": _sizes(artifact),
         "provenance": manifest.provenance,
@@ -94,6 +109,7 @@ def _print(artifact: Artifact, verified: int | None) -> None:
                     "expert record",
                     f"{experts.format}, {format_size(experts.record_bytes)}, {format_size(experts.record_stride)} with padding",
                 ),
+                ("chat", _chat(artifact)),
             ],
         )
     )

@@ -133,7 +133,8 @@ def run(
         if engine.warning:
             stderr.print(f"warning: {engine.warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         session = engine.session()
-        generation = session.generate(prompt_ids, max_new_tokens, sampling=sampling, on_token=on_token)
+        stops = opened.manifest.chat.stop_token_ids if chat and opened.manifest.chat else None
+        generation = session.generate(prompt_ids, max_new_tokens, sampling=sampling, stop_tokens=stops, on_token=on_token)
         pieces.append(stream.flush())
         if trace is not None:
             session.write_trace(trace)

@@ -17,6 +17,7 @@ from tvm import tirx
 from cfmoe.artifact.writer import ArtifactWriter
 from cfmoe.compile import decoder_facts, gpu, plan
 from cfmoe.compile import targets as cpu_targets
+from cfmoe.compile.chat_probe import checkpoint_chat
 from cfmoe.compile.checkpoint import Checkpoint, read_json
 from cfmoe.compile.convert import Converter, Progress
 from cfmoe.compile.decoder import Decoder
@@ -211,6 +212,7 @@ def compile_model(
             writer.copy_file(model / name, name)
         chat = mlc_chat_config(model, config, quant, prefill_chunk, tokenizer_files)
         writer.add_file("mlc-chat-config.json", (json.dumps(chat, indent=2) + "\n").encode())
+        conversation, absent = checkpoint_chat(model, config.eos_token_ids, config.vocab_size)
         return writer.finish(
             {
                 "model": _model_facts(model.resolve().name, config),
@@ -221,6 +223,7 @@ def compile_model(
                 "kernel_set": hashlib.sha256("".join(kernel_sets).encode()).hexdigest() if len(kernel_sets) > 1 else kernel_sets[0],
                 "targets": entries,
                 "tokenizer_files": tokenizer_files,
+                **({"chat": conversation.record()} if conversation else {"chat_absent": absent} if absent else {}),
                 "provenance": {
                     "source": model.resolve().name,
                     "created_by": f"cfmoe {metadata.version('cfmoe')}",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cfmoe.artifact.chat import render
+from cfmoe.artifact.chat_format import ChatFormat
 from cfmoe.artifact.staging import StagingDirectory
-from cfmoe.compile.checkpoint import Checkpoint, read_json
+from cfmoe.compile.chat_probe import checkpoint_chat
+from cfmoe.compile.checkpoint import Checkpoint
 from cfmoe.compile.decoder_config import DecoderConfig, LatentAttention
 from cfmoe.compile.expert_weights import read_expert
 from cfmoe.compile.families import resolve
@@ -186,63 +188,58 @@ class _Shards:
         self.records.append(record)
 
 
-def conversation(template: str | None, special_tokens: dict[str, str], stop_ids: list[int]) -> dict[str, Any]:
-    """MLC-LLM's form of a chat template: what stands before, between and after messages, found by rendering two short chats.
+def conversation(chat: ChatFormat | None, stop_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """MLC-LLM's form of a plain conversation.
 
-    Without a template, or where it does more than put texts around messages, messages stand bare, as for a model that continues text.
+    Without one, or where MLC-LLM's form is too narrow for it, messages stand bare, as for a model that continues text. It trims no
+    messages, keeps thoughts, and writes no dates.
     """
-    start, user, answer, end = _around(template, special_tokens) if template else ("", "", "", "")
+    roles = _roles(chat) if chat is not None and not chat.date_format else None
+    start, user, answer, separator, end = roles or ("", "", "", "", "")
+    system, default = start + "{system_message}", ""
+    if roles and chat is not None and chat.system is not None and chat.system.default:
+        system, default = chat.system.before + "{system_message}" + chat.system.after.removesuffix(user + separator), chat.system.default
     return {
         "name": "checkpoint",
-        "system_template": start + "{system_message}",
-        "system_message": "",
+        "system_template": system,
+        "system_message": default,
         "system_prefix_token_ids": None,
         "add_role_after_system_message": True,
         "roles": {"user": user, "assistant": answer, "tool": user},
         "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
         "messages": [],
         "seps": ["", end],
-        "role_content_sep": "",
+        "role_content_sep": separator,
         "role_empty_sep": "",
-        "stop_str": [],
-        "stop_token_ids": stop_ids,
+        "stop_str": list(chat.stop_strings) if roles and chat else [],
+        "stop_token_ids": list(chat.stop_token_ids) if roles and chat else list(stop_ids),
         "strip_reasoning_in_history": False,
         "function_string": "",
         "use_function_calling": False,
     }
 
 
-def _around(template: str, special_tokens: dict[str, str]) -> tuple[str, str, str, str]:
-    """(start, before the user, between user and answer, behind the answer)."""
-    one, two, three = "QUESTION-1", "ANSWER-1", "QUESTION-2"
-    chat = [{"role": "user", "content": one}]
-    longer = [*chat, {"role": "assistant", "content": two}, {"role": "user", "content": three}]
-    first, second = (render(template, messages, special_tokens) for messages in (chat, longer))
-    if first.count(one) != 1 or any(second.count(text) != 1 for text in (one, two, three)):
-        return "", "", "", ""
-    before, answer = first.split(one)
-    head, rest = second.split(one)
-    middle, rest = rest.split(two) if two in rest else ("", "")
-    between, tail = rest.split(three) if three in rest else ("", "")
-    if (head, middle, tail) != (before, answer, answer):
-        return "", "", "", ""
-    common = 0
-    while common < min(len(before), len(between)) and before[-1 - common] == between[-1 - common]:
-        common += 1
-    return before[: len(before) - common], before[len(before) - common :], answer, between[: len(between) - common]
+def _roles(chat: ChatFormat) -> tuple[str, str, str, str, str] | None:
+    """(start, before the user, before the answer, between a role and its words, behind the answer); None where they do not fit."""
+    if not chat.replied.startswith(chat.reply):
+        return None
+    separator = chat.replied[len(chat.reply) :]
+    pairs = zip(reversed(chat.begin), reversed(chat.next), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    user = chat.begin[len(chat.begin) - common :]
+    head, mark, rest = user.partition(">")
+    if mark and "<" not in head:  # the rear part of a token, which stays with its front
+        user = rest
+    common = len(user)
+    if not user.endswith(separator):
+        return None
+    start, end = chat.begin[: len(chat.begin) - common], chat.next[: len(chat.next) - common]
+    return start, user[: len(user) - len(separator)], chat.reply, separator, end
 
 
 def _chat_config(model: Path, config: DecoderConfig, raw: dict[str, Any]) -> dict[str, Any]:
     files = [name for name in _TOKENIZER_FILES if (model / name).exists()]
     chat = mlc_chat_config(model, config, "q4f16_1", 2048, files)
-    tokenizer = read_json(model / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-    path = model / "chat_template.jinja"
-    template = path.read_text("utf-8") if path.exists() else tokenizer.get("chat_template")
-    special: dict[str, str] = {}
-    for name in ("bos_token", "eos_token"):
-        token = tokenizer.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        special |= {name: text} if isinstance(text, str) else {}
     fields = {key: value for key, value in raw.items() if key not in ("rope_parameters", "num_local_experts")}
     # MLC-LLM reads the number of experts and the base under these names.
     count = {"deepseek": "n_routed_experts", "deepseek_v2": "n_routed_experts", "mixtral": "num_local_experts"}.get(
@@ -258,7 +255,7 @@ def _chat_config(model: Path, config: DecoderConfig, raw: dict[str, Any]) -> dic
     return chat | {
         "quantization": "q4f16_1",
         "model_config": fields,
-        "conv_template": conversation(template if isinstance(template, str) else None, special, list(config.eos_token_ids)),
+        "conv_template": conversation(checkpoint_chat(model, config.eos_token_ids, config.vocab_size)[0], config.eos_token_ids),
     }
 
 
