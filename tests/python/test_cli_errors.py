@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import artifacts
-from support import ROOT, Cli, error_line
+from support import ROOT, Cli, error_line, load_script
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,7 @@ def test_reader_that_goes_away(demo_model: Path) -> None:
 
 
 def test_cli_document_is_current() -> None:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import cli_docs  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
+    cli_docs = load_script(ROOT / "scripts" / "cli_docs.py")
     assert cli_docs.DOCUMENT.read_text("utf-8") == cli_docs.render(), "run `make docs`"
 
 

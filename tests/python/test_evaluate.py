@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from cfmoe.tune.hits import size_for_hit_rate
 from cfmoe.tune.routers import RouterRecorder, find_moe_layers
 from cfmoe.tune.tasks import Example
 from conftest import _shared
-from support import ROOT
+from support import ROOT, load_script
 
 QUESTIONS = [
     Example("Question: is water wet?\nAnswer:", "yes", "is water wet?", True),
@@ -294,12 +293,7 @@ def test_two_processes_measure_the_same(demo_model: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("locality_measure", ROOT / "benchmarks" / "locality_measure.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["locality_measure"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "benchmarks" / "locality_measure.py")
 
 
 def test_the_benchmarks_lru_is_the_simulators(benchmark: ModuleType) -> None:

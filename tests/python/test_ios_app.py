@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ziglang
 
 from cfmoe.artifact.reader import Artifact
 from cfmoe.errors import CFMoEError
 from cfmoe.package import xcode
 from model_archives import write_archives
-from support import ROOT
+from support import ROOT, load_script
 
 APP = ROOT / "ios_app"
 KIT = APP / "CFMoEKit"
@@ -32,12 +33,7 @@ PROMPT = "The proposal adds a new statement to the language. It"
 
 
 def _project_text() -> str:
-    specification = importlib.util.spec_from_file_location("make_project", APP / "tools" / "make_project.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["make_project"] = module
-    specification.loader.exec_module(module)
-    text = module.text()
+    text = load_script(APP / "tools" / "make_project.py").text()
     assert isinstance(text, str)
     return text
 
@@ -133,7 +129,6 @@ def test_the_package_sees_the_engines_own_header() -> None:
 
 
 def _objective_cxx(source: Path, target: str) -> subprocess.CompletedProcess[str]:
-    ziglang = pytest.importorskip("ziglang")
     zig = Path(ziglang.__file__).parent / "lib"
     # libc++ as zig builds it, with a C library for Darwin; Foundation and Metal are declared by the tests.
     site = {"ABI_VERSION": "1", "ABI_NAMESPACE": "__1", "HARDENING_MODE": "_LIBCPP_HARDENING_MODE_NONE", "HARDENING_MODE_DEFAULT": "2"}
@@ -205,7 +200,6 @@ def test_metal_kernels_are_called_as_they_want(metal_artifact: Path) -> None:
 @pytest.mark.slow
 def test_metal_kernels_are_valid(metal_artifact: Path, tmp_path: Path) -> None:
     """By clang, against declarations of what they use of the Metal shading language."""
-    pytest.importorskip("ziglang")
     (target,) = Artifact.open(metal_artifact).manifest.targets.values()
     source = metal_artifact / target.library
     flags = ["-x", "c++", "-std=c++20", "-fsyntax-only", "-nostdinc", "-nostdinc++", "-Wno-unknown-attributes"]
@@ -223,7 +217,6 @@ def test_metal_kernels_are_valid(metal_artifact: Path, tmp_path: Path) -> None:
 
 def _static_library(out: Path, target: str) -> Path:
     """An archive with one object of one function."""
-    pytest.importorskip("ziglang")
     out.parent.mkdir(parents=True, exist_ok=True)
     source = out.with_suffix(".c")
     source.write_text("int cfmoe_test(void) { return 1; }\n")
@@ -338,8 +331,9 @@ def swift_root() -> None:
 
 @pytest.mark.swift
 @pytest.mark.usefixtures("swift_root")
-def test_cfmoekit_with_the_real_engine(demo_artifact: Path, tmp_path: Path) -> None:
+def test_cfmoekit_with_the_real_engine(demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:
     from artifacts import write
+    from cfmoe.compile import compile_model
     from cfmoe.runtime import Engine, Tokenizer
     from engine_process import host_engine
 
@@ -357,6 +351,7 @@ def test_cfmoekit_with_the_real_engine(demo_artifact: Path, tmp_path: Path) -> N
         "test",
         [tmp_path, demo_artifact],
         CFMOE_ARTIFACT=demo_artifact,
+        CFMOE_METAL_ARTIFACT=compile_model(demo_model, tmp_path / "metal", targets=["llvm", "metal"]),
         CFMOE_ARCHIVES=archives,
         CFMOE_EXPECTED_TOKENS=tmp_path / "tokens.json",
         CFMOE_EXPECTED_BENCH=tmp_path / "bench.json",

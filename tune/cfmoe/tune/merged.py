@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from cfmoe.errors import CFMoEError, os_error
 from cfmoe.tune.checkpoint import DTYPES, load_model
 from cfmoe.tune.elastic import load_adapter, merge
+from cfmoe.tune.output import staged
 
 
 def save_merged(model: Path, adapters: Path | Sequence[Path], out: Path, scale: float = 1.0) -> None:
@@ -34,24 +34,18 @@ def save_merged(model: Path, adapters: Path | Sequence[Path], out: Path, scale: 
             for name, value in tuned.items():
                 change[name] += (value - start[name]) / len(paths)
         merged.load_state_dict({name: (value + scale * change[name]).to(DTYPES[kind]) for name, value in start.items()})
-    beside = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        merged.save_pretrained(str(beside))
-        for path in beside.iterdir():
-            if not _is_weights(path):
-                path.unlink()
-        for path in model.iterdir():
-            if path.is_file() and not _is_weights(path) and path.suffix not in (".bin", ".pt", ".pth", ".gguf"):
-                shutil.copy2(path, beside / path.name)
+    with staged(out, True, "config.json") as beside:
+        try:
+            merged.save_pretrained(str(beside))
+            for path in beside.iterdir():
+                if not _is_weights(path):
+                    path.unlink()
+            for path in model.iterdir():
+                if path.is_file() and not _is_weights(path) and path.suffix not in (".bin", ".pt", ".pth", ".gguf"):
+                    shutil.copy2(path, beside / path.name)
+        except OSError as error:
+            raise os_error(error, out, "write") from error
         _check_same_tensors(model, beside)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(beside, out)
-    except OSError as error:
-        raise os_error(error, out, "write") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _is_weights(path: Path) -> bool:
