@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,27 +121,74 @@ def test_a_failing_build_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "cache").rglob("cfmoe-engine"))
 
 
-def test_an_interrupted_build_takes_its_compilers_with_it(tmp_path: Path) -> None:
-    fake = tmp_path / "cmake"
-    fake.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/compiler\nwait\n")
+@contextlib.contextmanager
+def _build_that_never_ends(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process in `native.build`, with a cache in `directory`, and the number of the compiler that it has started."""
+    fake = directory / "cmake"
+    fake.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {directory}/compiler\nwait\n")
     fake.chmod(0o755)
-    code = f"from cfmoe.package import native\nfrom pathlib import Path\nnative._tool = lambda name: Path({str(fake)!r})\n"
+    code = f"import signal\nfrom cfmoe.package import native\nfrom pathlib import Path\nnative._tool = lambda name: Path({str(fake)!r})\n"
+    # Where the tests run in the background of a shell, this signal is ignored.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "native.build(native.PRESETS['linux-arm64'])\n"
-    environment = os.environ | {"CFMOE_NATIVE_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"CFMOE_NATIVE_CACHE": str(directory / "cache")}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
-    started = tmp_path / "compiler"
-    for _ in range(600):
-        if started.exists() and started.read_text().strip():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
-    compiler = Path("/proc") / started.read_text().strip() / "status"
-    for _ in range(100):
-        if not compiler.exists() or "zombie" in compiler.read_text():
-            return
-        time.sleep(0.1)
-    pytest.fail("the compiler still runs")
+    started = directory / "compiler"
+    try:
+        for _ in range(600):
+            if started.exists() and started.read_text().strip():
+                break
+            time.sleep(0.1)
+        compiler = int(started.read_text())
+        yield process, compiler
+    finally:
+        process.kill()
+        process.wait()
+        if started.exists() and _runs(int(started.read_text())):
+            os.kill(int(started.read_text()), signal.SIGKILL)
+
+
+def _runs(number: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{number}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_an_interrupted_build_takes_its_compilers_with_it(tmp_path: Path) -> None:
+    with _build_that_never_ends(tmp_path) as (process, compiler):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+        for _ in range(100):
+            if not _runs(compiler):
+                return
+            time.sleep(0.1)
+        pytest.fail("the compiler still runs")
+
+
+def test_compilers_of_a_killed_build_keep_their_directory(tmp_path: Path) -> None:
+    with _build_that_never_ends(tmp_path) as (process, compiler):
+        process.kill()
+        process.wait()
+        with open(tmp_path / "cache" / "linux-arm64.lock") as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.kill(compiler, signal.SIGKILL)  # the shell that waits for it ends with it
+            for _ in range(100):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                time.sleep(0.1)
+        pytest.fail("nobody works there any more, and it is locked")
+
+
+def test_a_full_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(tmp_path / "cache"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(native.shutil, "disk_usage", lambda _place: usage._replace(free=5 << 20))
+    with pytest.raises(CFMoEError, match=r"cache has 5 MiB free and .* takes 1024 MiB; free .*, or name another .*CFMOE_NATIVE_CACHE"):
+        native.build(native.PRESETS["ios-arm64"])
+    assert not (tmp_path / "cache" / "build-ios-arm64").exists()
 
 
 @pytest.mark.parametrize("case", sorted(TINY))
@@ -185,14 +235,14 @@ def test_other_targets_keep_the_artifact_whole(demo_artifact: Path, tmp_path: Pa
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept builds and Android's tools; skips where something is missing that the machine's owner has to install."""
+    """Kept builds and Android's tools; what `make android-tools` brings has to be there."""
     monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
     monkeypatch.setenv("CFMOE_ANDROID_TOOLS", os.environ.get("CFMOE_ANDROID_TOOLS", str(ROOT / "build" / "android-tools")))
     for variable in ("ANDROID_HOME", "ANDROID_NDK_HOME"):
         monkeypatch.delenv(variable, raising=False)
     missing = [*native.missing(), *(tool.name for tool in android_tools.missing_tools())]
     if missing or QEMU is None:
-        pytest.skip(f"missing: {', '.join([*missing, *([] if QEMU else ['qemu-aarch64-static'])])}; make android-tools")
+        pytest.fail(f"missing: {', '.join([*missing, *([] if QEMU else ['qemu-aarch64-static'])])}; make android-tools")
 
 
 @pytest.mark.slow

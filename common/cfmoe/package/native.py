@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 _CACHE_VARIABLE = "CFMOE_NATIVE_CACHE"
 _NDK_VARIABLE = "ANDROID_NDK_HOME"
 _SOURCES = ("CMakeLists.txt", "CMakePresets.json", "cmake", "runtime_ext/include", "runtime_ext/src", "runtime_ext/tools", "third_party")
+_BUILD_BYTES = 1 << 30  # what a first build writes into the cache, with room to spare
 _STEP = re.compile(r"^\[(\d+)/(\d+)\]")
 
 
@@ -100,15 +101,25 @@ def build(preset: Preset, objects: Sequence[Path] = (), prefixes: Sequence[str] 
     if kept.is_file():
         return kept
     try:
-        with _lock(cache / f"{preset.name}.lock"):
+        with _lock(cache / f"{preset.name}.lock") as lock:
             if not kept.is_file():
+                _check_space(cache)
                 directory = cache / f"build-{preset.name}"
                 _remove_if_of_another(root, directory)
-                _run_cmake(root, preset, directory, objects, prefixes, progress)
+                _run_cmake(root, preset, directory, objects, prefixes, lock, progress)
                 _keep(directory / preset.product, kept)
     except OSError as error:
         raise os_error(error, error.filename or cache, "write") from error
     return kept
+
+
+def _check_space(cache: Path) -> None:
+    free = shutil.disk_usage(cache).free
+    if free < _BUILD_BYTES:
+        raise CFMoEError(
+            f"{cache} has {free >> 20} MiB free and building native code takes {_BUILD_BYTES >> 20} MiB; "
+            f"free some space, or name another place with ${_CACHE_VARIABLE}"
+        )
 
 
 def _digest(root: Path, preset: Preset, objects: Sequence[Path], prefixes: Sequence[str]) -> str:
@@ -131,7 +142,7 @@ def _remove_if_of_another(root: Path, directory: Path) -> None:
 
 
 def _run_cmake(
-    root: Path, preset: Preset, directory: Path, objects: Sequence[Path], prefixes: Sequence[str], progress: Progress | None
+    root: Path, preset: Preset, directory: Path, objects: Sequence[Path], prefixes: Sequence[str], lock: int, progress: Progress | None
 ) -> None:
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if cmake is None or ninja is None:
@@ -144,18 +155,26 @@ def _run_cmake(
         "ZIG_LOCAL_CACHE_DIR": str(cache_directory() / "zig"),
     }
     environment = {name: value for name, value in environment.items() if name not in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")}
-    _run([str(cmake), "--preset", preset.name, "-B", str(directory), *options], root, environment, preset, None)
+    _run([str(cmake), "--preset", preset.name, "-B", str(directory), *options], root, environment, preset, lock, None)
     # Where others are at work one compiler is enough; each takes a gigabyte.
     cpus = os.cpu_count() or 1
     jobs = max(1, cpus - round(os.getloadavg()[0]))
     command = [str(cmake), "--build", str(directory), "--target", preset.target, "--parallel", str(jobs)]
-    _run(["nice", *command] if shutil.which("nice") else command, root, environment, preset, progress)
+    _run(["nice", *command] if shutil.which("nice") else command, root, environment, preset, lock, progress)
 
 
-def _run(command: list[str], root: Path, environment: dict[str, str], preset: Preset, progress: Progress | None) -> None:
+def _run(command: list[str], root: Path, environment: dict[str, str], preset: Preset, lock: int, progress: Progress | None) -> None:
+    """`lock` goes along: should this process be killed, compilers that live on keep others away from their directory."""
     lines: list[str] = []
     process = subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        pass_fds=(lock,),
     )
     try:
         assert process.stdout is not None
@@ -165,7 +184,8 @@ def _run(command: list[str], root: Path, environment: dict[str, str], preset: Pr
             if step and progress is not None:
                 progress(f"native code for {preset.name}", int(step[1]), int(step[2]))
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)  # compilers and all
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # compilers and all
         process.wait()
         raise
     if process.wait() != 0:
@@ -183,11 +203,12 @@ def _keep(product: Path, kept: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[int]:
+    """The open file that holds the lock, until it is closed here and in all processes that have it of us."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file.fileno()
 
 
 def _tool(name: str) -> Path | None:
