@@ -32,7 +32,7 @@ class DemoRun:
 def demo_page(runs: Sequence[DemoRun], model: str, machine: str, prompt: str, all_equal: bool) -> str:
     """The page's HTML."""
     labels = [run.budget for run in runs]
-    memory = stacked_bars(labels, _memory_parts(runs), [f"{run.resident_bytes / _MIB:.1f} MiB" for run in runs], "MiB")
+    memory = stacked_bars(labels, _memory_parts(runs), [f"{run.resident_bytes / _MIB:.1f} MiB" for run in runs])
     speed = [run.result["decode"]["tokens_per_s"] for run in runs]
     rates = [run.result["decode"]["chr"] for run in runs]
     read = [run.bytes_per_token / 1024 for run in runs]
@@ -130,6 +130,8 @@ figure, .card {{
 figcaption {{ margin-bottom: 10px; }}
 figcaption b {{ display: block; color: var(--ink); font-size: 15px; }}
 figure svg {{ display: block; width: 100%; height: auto; }}
+figure.wide {{ overflow-x: auto; }}
+figure.wide svg {{ min-width: 640px; }}
 .row {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; margin-top: 16px; }}
 .scroll {{ overflow-x: auto; padding: 6px 20px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }}
@@ -145,7 +147,8 @@ blockquote .prompt {{ color: var(--muted); }}
 <p class="lead">{lead}</p>
 <p class="note">{machine}</p>
 <h2>Memory</h2>
-<figure><figcaption><b>What the budget is spent on</b> by share of the experts that may stay in memory</figcaption>{memory}</figure>
+<figure class="wide"><figcaption><b>What the budget is spent on</b> MiB, by share of the experts that may stay in memory</figcaption>
+{memory}</figure>
 <h2>What it costs</h2>
 <div class="row">
 {figures}

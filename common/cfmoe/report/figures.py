@@ -60,7 +60,7 @@ def bars(data: Bars, color: str, limit: float | None = None) -> str:
         return _svg(figure)
 
 
-def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], texts: Sequence[str], axis: str) -> str:
+def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], texts: Sequence[str]) -> str:
     """Horizontal stacked bars with a legend above; `texts` are the totals at the bars' ends."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10.4, 0.56 * len(labels) + 1.0))
@@ -74,7 +74,6 @@ def stacked_bars(labels: Sequence[str], parts: Mapping[str, Sequence[float]], te
         for row, (value, text) in enumerate(zip(left, texts, strict=True)):
             axes.annotate(text, (value, row), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
         _finish(axes)
-        axes.set_xlabel(axis, loc="left")
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(parts), frameon=False, borderaxespad=0, handlelength=1, handleheight=1
         )
