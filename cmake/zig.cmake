@@ -13,7 +13,8 @@ endif()
 string(REGEX MATCH "^[^-]+" CMAKE_SYSTEM_PROCESSOR "${CFMOE_ZIG_TARGET}")
 set(CMAKE_CXX_COMPILER "${CFMOE_ZIG}" c++)
 set(CMAKE_CXX_COMPILER_TARGET "${CFMOE_ZIG_TARGET}")
-set(CMAKE_CXX_FLAGS_INIT "-target ${CFMOE_ZIG_TARGET}")
+# zig writes debug information unless it is told not to: five sixths of an archive.
+set(CMAKE_CXX_FLAGS_INIT "-target ${CFMOE_ZIG_TARGET} -g0")
 # To link, zig would first compile its libraries, in a mode that the build does not use.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
 if(CFMOE_ZIG_TARGET MATCHES "-ios")

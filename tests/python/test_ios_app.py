@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ziglang
 
 from cfmoe.artifact.reader import Artifact
 from cfmoe.errors import CFMoEError
 from cfmoe.package import xcode
 from model_archives import write_archives
+from objective_cxx import check_metal
 from support import ROOT, load_script
 
 APP = ROOT / "ios_app"
@@ -128,27 +128,9 @@ def test_the_package_sees_the_engines_own_header() -> None:
     assert header.resolve() == ROOT / "runtime_ext" / "include" / "cfmoe" / "cfmoe.h"
 
 
-def _objective_cxx(source: Path, target: str) -> subprocess.CompletedProcess[str]:
-    zig = Path(ziglang.__file__).parent / "lib"
-    # libc++ as zig builds it, with a C library for Darwin; Foundation and Metal are declared by the tests.
-    site = {"ABI_VERSION": "1", "ABI_NAMESPACE": "__1", "HARDENING_MODE": "_LIBCPP_HARDENING_MODE_NONE", "HARDENING_MODE_DEFAULT": "2"}
-    site |= dict.fromkeys(("HAS_THREADS", "HAS_THREAD_API_PTHREAD", "HAS_MONOTONIC_CLOCK", "HAS_LOCALIZATION", "HAS_UNICODE"), "1")
-    site |= dict.fromkeys(("HAS_WIDE_CHARACTERS", "HAS_FILESYSTEM", "HAS_RANDOM_DEVICE", "HAS_TERMINAL"), "1")
-    site |= dict.fromkeys(("HAS_VENDOR_AVAILABILITY_ANNOTATIONS", "HAS_TIME_ZONE_DATABASE", "HAS_MUSL_LIBC"), "0")
-    site |= dict.fromkeys(("HAS_THREAD_API_EXTERNAL", "HAS_THREAD_API_WIN32", "LIBC_PICOLIBC", "LIBC_NEWLIB"), "0")
-    site |= {"ASSERTION_SEMANTIC_DEFAULT": "8", "PSTL_BACKEND_SERIAL": "1"}
-    defines = [f"-D_LIBCPP_{name}={value}" for name, value in site.items()]
-    system = [zig / "libcxx" / "include", zig / "include", zig / "libc" / "include" / "any-darwin-any", ROOT / "tests" / "metal_stubs"]
-    includes = [flag for path in system for flag in ("-isystem", str(path))] + [f"-I{ROOT / 'runtime_ext' / 'src'}"]
-    language = ["-x", "objective-c++", "-fobjc-arc", "-fblocks", "-fexceptions", "-std=c++20", "-nostdinc", "-nostdinc++"]
-    strict = ["-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-    command = [sys.executable, "-m", "ziglang", "clang", f"--target={target}", *language, *strict, *defines, *includes, str(source)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
-
-
 @pytest.mark.parametrize("source", ["metal_device.mm", "metal_stream.mm"])
 def test_the_metal_device_is_valid(source: str, tmp_path: Path) -> None:
-    result = _objective_cxx(METAL / source, "arm64-apple-ios15.0")
+    result = check_metal(METAL / source, "arm64-apple-ios15.0")
     assert result.returncode == 0, result.stderr
     # What is no member of the device interface or of Metal is noticed.
     text = (METAL / source).read_text()
@@ -157,14 +139,14 @@ def test_the_metal_device_is_valid(source: str, tmp_path: Path) -> None:
             assert wrong[0] in text
             changed = tmp_path / source
             changed.write_text(text.replace(*wrong))
-            assert _objective_cxx(changed, "arm64-apple-ios15.0").returncode != 0
+            assert check_metal(changed, "arm64-apple-ios15.0").returncode != 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["arm64-apple-ios15.0-simulator", "arm64-apple-macos12.0"])
 def test_the_metal_device_is_valid_elsewhere(target: str) -> None:
     for source in sorted(METAL.glob("*.mm")):
-        result = _objective_cxx(source, target)
+        result = check_metal(source, target)
         assert result.returncode == 0, result.stderr
 
 

@@ -123,6 +123,7 @@ private struct DevicePicker: View {
       }
       .disabled(loaded.placements.count < 2)
       if !loaded.deviceName.isEmpty { Text(loaded.deviceName).font(.footnote).foregroundColor(.secondary) }
+      if !loaded.warning.isEmpty { Text(loaded.warning).font(.footnote) }
     }
   }
 

@@ -5,8 +5,13 @@ import XCTest
 @testable import CFMoEKit
 
 /// The demo model's artifact. A test without it fails: the machinery that runs the tests has to give one.
-func demoArtifact() throws -> URL {
-  let path = try XCTUnwrap(ProcessInfo.processInfo.environment["CFMOE_ARTIFACT"], "set CFMOE_ARTIFACT to an artifact directory")
+func demoArtifact() throws -> URL { try artifact("CFMOE_ARTIFACT") }
+
+/// The same with kernels for Metal beside those for this CPU.
+func metalArtifact() throws -> URL { try artifact("CFMOE_METAL_ARTIFACT") }
+
+private func artifact(_ variable: String) throws -> URL {
+  let path = try XCTUnwrap(ProcessInfo.processInfo.environment[variable], "set \(variable) to an artifact directory")
   return URL(fileURLWithPath: path, isDirectory: true)
 }
 

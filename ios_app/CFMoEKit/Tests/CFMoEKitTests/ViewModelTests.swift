@@ -152,13 +152,57 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     XCTAssertEqual(state.availableBytes, available)
     XCTAssertLessThanOrEqual(try XCTUnwrap(state.memory).budgetBytes, usable(available))
     XCTAssertLessThan(try XCTUnwrap(state.memory).expertSlots, memory.expertTotal)
-    XCTAssertLessThanOrEqual(
-      try XCTUnwrap(state.budgetRange).upperBound, max(memory.smallestBudgetBytes, state.memory!.budgetBytes + usable(available)))
+    // Nor where the experts have not been read yet, and their memory still counts as free.
+    XCTAssertEqual(try XCTUnwrap(state.budgetRange).upperBound, usable(available))
+    // A wish of before is bounded as well.
+    host.settings.budgetBytes = memory.largestBudgetBytes
+    await host.load(try demo())
+    XCTAssertLessThanOrEqual(try XCTUnwrap(host.parts).engine.memory().budgetBytes, usable(available))
     await host.unload()
     let none = self.host(available: 1 << 20)
     await none.load(try demo())
     guard case .failed(let line) = none.state else { return XCTFail("\(none.state)") }
     XCTAssert(line.contains("smallest that works"), line)
+  }
+
+  func testAGPUThatCannotBeOpenedLeavesTheCPU() async throws {
+    // On Linux the engine has no Metal, as on a phone whose Metal refuses the kernels.
+    let host = EngineHost(devices: [.cpu, .metal])
+    host.settings.maxNewTokens = 8
+    let chat = ChatViewModel(host: host)
+    let model = try ModelLibrary.model(at: metalArtifact(), isBundled: true)
+    await host.load(model)
+    XCTAssertEqual(host.loaded?.placements, Placement.choices([.cpu, .metal]))
+    XCTAssertEqual(host.loaded?.warning, "")
+    for wanted in [Placement(.metal), Placement(prefill: .metal, decode: .cpu)] {
+      await host.choose(wanted)
+      let loaded = try XCTUnwrap(host.loaded, "\(host.state)")
+      XCTAssertEqual(loaded.placement, .cpu)
+      XCTAssertEqual(host.settings.placement, .cpu)
+      XCTAssert(loaded.warning.hasPrefix("The GPU cannot be used, the CPU computes: "), loaded.warning)
+      XCTAssert(loaded.warning.contains("metal"), loaded.warning)
+      XCTAssertTrue(chat.send(prompt))
+      await chat.settle()
+      XCTAssertEqual(chat.state.messages.last?.end, .length)
+    }
+    await host.load(model)
+    XCTAssertEqual(host.loaded?.warning, "")
+    await host.unload()
+  }
+
+  func testABudgetIsThatOfOneModel() async throws {
+    let host = host()
+    await host.load(try demo())
+    let smallest = try XCTUnwrap(host.parts).engine.memory().smallestBudgetBytes
+    host.settings.budgetBytes = smallest
+    await host.load(try demo())
+    XCTAssertEqual(host.settings.budgetBytes, smallest)
+    XCTAssertEqual(try XCTUnwrap(host.parts).engine.memory().budgetBytes, smallest)
+    host.settings.budgetBytes = 1
+    await host.load(try ModelLibrary.model(at: metalArtifact(), isBundled: true))
+    XCTAssertNil(host.settings.budgetBytes)
+    XCTAssertGreaterThan(try XCTUnwrap(host.parts).engine.memory().budgetBytes, smallest)
+    await host.unload()
   }
 
   func testModels() async throws {

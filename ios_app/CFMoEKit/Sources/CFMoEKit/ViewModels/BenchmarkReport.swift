@@ -30,6 +30,8 @@ public struct BenchmarkResult: Equatable, Identifiable, Sendable, Encodable {
   public var newTokens: Int
   public var tokenIDs: [Int32]
   public var metrics: Metrics
+  /// Reading the prompt again, its experts in memory as far as the budget goes; 0 where the context has no room for it.
+  public var secondPrefillTokensPerSecond: Double
   public var memory: Memory
 
   public var id: String { memoryBudget }
@@ -43,6 +45,8 @@ public struct BenchmarkResult: Equatable, Identifiable, Sendable, Encodable {
     case promptTokens = "prompt_tokens"
     case newTokens = "new_tokens"
     case tokenIDs = "token_ids"
-    case metrics, memory
+    case metrics
+    case secondPrefillTokensPerSecond = "second_prefill_tokens_per_s"
+    case memory
   }
 }

@@ -3,7 +3,7 @@ import Foundation
 
 /// What the user chose for the engine and its answers.
 public struct Settings: Equatable, Sendable {
-  /// nil: all experts, as far as the memory that is available goes.
+  /// Of the model that is open; nil: all experts, as far as the memory that is available goes.
   public var budgetBytes: UInt64?
   public var placement = Placement.cpu
   public var maxNewTokens = 512
@@ -32,7 +32,7 @@ public final class EngineHost: ViewModel<EngineHost.State> {
     public var deviceName: String
     public var io: String
     public var policy: String
-    /// Empty if nothing.
+    /// What the user should know about how it was opened; empty if nothing.
     public var warning: String
     /// Why there is no text to be had of this model; nil if there is.
     public var textError: String?
@@ -49,8 +49,11 @@ public final class EngineHost: ViewModel<EngineHost.State> {
 
   public var settings = Settings()
   let availableMemory: AvailableMemory
+  /// What the engine may take in all, as the system said before the open model was read; nil where it does not say.
+  private(set) var memoryLimit: UInt64?
   private let machineDevices: [Device]
   private(set) var parts: Parts?
+  private var lastModel: InstalledModel.ID?
   private var conversations = 0
   private var loads = 0
   private var observers: [@MainActor () -> Void] = []
@@ -81,12 +84,15 @@ public final class EngineHost: ViewModel<EngineHost.State> {
     let load = loads
     update { $0 = .loading(model: model.manifest.name) }
     await closeParts()
+    memoryLimit = availableMemory().map(usable)
+    // A budget that does for one model may be too small for another, which then could not be opened at all.
+    if let lastModel, lastModel != model.id { settings.budgetBytes = nil }
+    lastModel = model.id
     do {
       let placements = Placement.choices(machineDevices.filter { model.manifest.devices.contains($0.rawValue) })
       // What was chosen for another model may not do for this one.
       let placement = placements.contains(settings.placement) ? settings.placement : placements.first ?? .cpu
-      let options = EngineOptions(budget: budget(), placement: placement)
-      let engine = try await Engine.open(artifact: model.directory, options: options)
+      let (engine, refusal) = try await Self.open(model, budget(), placement, canUseCPU: placements.contains(.cpu))
       guard load == loads else { return await engine.close() }
       let session = try await engine.makeSession()
       let text = Result { try Tokenizer(artifact: model.directory) }
@@ -94,17 +100,31 @@ public final class EngineHost: ViewModel<EngineHost.State> {
         engine: engine, session: session, tokenizer: try? text.get(), format: PromptFormat.of(artifact: model.directory))
       var textError: String?
       if case .failure(let error) = text { textError = CFMoEError.line(of: error) }
+      let warning = [refusal, try await engine.warning()].compactMap { $0 }.filter { !$0.isEmpty }.joined(separator: " ")
       conversations += 1
       let loaded = Loaded(
         model: model, info: engine.model, placements: placements, placement: try engine.placement(),
-        deviceName: try engine.deviceName(), io: try engine.io(), policy: try engine.policy(), warning: try await engine.warning(),
+        deviceName: try engine.deviceName(), io: try engine.io(), policy: try engine.policy(), warning: warning,
         textError: textError, conversation: conversations)
       guard load == loads else { return await engine.close() }
+      if refusal != nil { settings.placement = .cpu }
       parts = opened
       update { $0 = .ready(loaded) }
     } catch {
       guard load == loads else { return }
       update { $0 = .failed(CFMoEError.line(of: error)) }
+    }
+  }
+
+  /// An engine on the devices asked for; where a GPU cannot be used one on the CPU, and the line that says why.
+  private nonisolated static func open(
+    _ model: InstalledModel, _ budget: MemoryBudget, _ placement: Placement, canUseCPU: Bool
+  ) async throws -> (Engine, String?) {
+    do {
+      return (try await Engine.open(artifact: model.directory, options: EngineOptions(budget: budget, placement: placement)), nil)
+    } catch let refusal where placement != .cpu && canUseCPU {
+      let engine = try await Engine.open(artifact: model.directory, options: EngineOptions(budget: budget, placement: .cpu))
+      return (engine, "The GPU cannot be used, the CPU computes: \(CFMoEError.line(of: refusal))")
     }
   }
 
@@ -142,9 +162,8 @@ public final class EngineHost: ViewModel<EngineHost.State> {
 
   /// The user's budget, otherwise most of what is available: the engine takes no more of it than it has a use for.
   private func budget() -> MemoryBudget {
-    if let bytes = settings.budgetBytes { return .bytes(bytes) }
-    guard let available = availableMemory() else { return .automatic }
-    return .bytes(max(1, usable(available)))
+    if let bytes = settings.budgetBytes { return .bytes(min(bytes, memoryLimit.map { max(1, $0) } ?? bytes)) }
+    return memoryLimit.map { .bytes(max(1, $0)) } ?? .automatic
   }
 }
 

@@ -130,7 +130,8 @@ public final class PanelViewModel: ViewModel<PanelViewModel.State> {
       state.memory = memory
       state.availableBytes = available
       var upper = memory.largestBudgetBytes
-      // What the budget may grow by, beyond what it holds already.
+      // A budget that is not full yet has not taken its memory: what was free before the model was opened bounds it as well.
+      if let limit = host.memoryLimit { upper = min(upper, limit) }
       if let available { upper = min(upper, memory.budgetBytes + usable(available)) }
       state.budgetRange = memory.smallestBudgetBytes...max(memory.smallestBudgetBytes, upper)
       if isSettled || !state.isChangingBudget { state.budgetBytes = memory.budgetBytes }
