@@ -33,7 +33,7 @@ namespace cfmoe::tools {
 namespace {
 
 constexpr int kProtocolVersion = 1;
-constexpr size_t kMaxPrompt = size_t{4} << 20, kMaxTokens = size_t{1} << 20;
+constexpr size_t kMaxPrompt = size_t{4} << 20, kMaxTokens = size_t{1} << 20, kMaxPieces = 10000;
 constexpr size_t kErrorBytes = 2048, kTextBytes = size_t{64} << 10;
 constexpr uint32_t kDefaultNewTokens = 256;
 
@@ -378,13 +378,27 @@ std::vector<int32_t> Server::prompt_of(const JsonValue& body) const {
   const std::optional<JsonValue> tokens = given(body, "tokens"), prompt = given(body, "prompt");
   if (tokens.has_value() == prompt.has_value()) throw Error("request: give prompt or tokens, one of them");
   if (tokens) return tokens->int32_list(0, std::numeric_limits<int32_t>::max(), kMaxTokens);
-  const std::string text = prompt->text(kMaxPrompt);
+  std::string text;
+  std::vector<size_t> plain;  // begin and end of what was typed
+  if (prompt->is_array()) {
+    for (const JsonValue& piece : prompt->elements(kMaxPieces)) {
+      for (const std::string& name : piece.keys())
+        if (name != "text" && name != "typed") piece.at(name).fail("is unknown");
+      const size_t begin = text.size();
+      text += piece.at("text").text(kMaxPrompt);
+      const std::optional<JsonValue> typed = given(piece, "typed");
+      if (typed && typed->boolean()) plain.insert(plain.end(), {begin, text.size()});
+      if (text.size() > kMaxPrompt) prompt->fail("has more than " + std::to_string(kMaxPrompt) + " bytes");
+    }
+  } else {
+    text = prompt->text(kMaxPrompt);
+  }
   if (tokenizer_ == nullptr) throw Error("this artifact's tokenizer cannot be used here: give tokens");
   std::vector<int32_t> ids(text.size());
   size_t count = 0;
   Call call;
-  call.check(cfmoe_tokenizer_encode(tokenizer_, text.data(), text.size(), ids.data(), ids.size(), &count, call.error(),
-                                    Call::size()));
+  call.check(cfmoe_tokenizer_encode_typed(tokenizer_, text.data(), text.size(), plain.data(), plain.size() / 2,
+                                          ids.data(), ids.size(), &count, call.error(), Call::size()));
   ids.resize(count);
   return ids;
 }

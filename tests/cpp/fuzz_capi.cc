@@ -259,6 +259,9 @@ class Fuzzer {
       }
       if (text.find("<|end|>") == std::string::npos && back != text) broken("other text came back");
     }
+    const size_t plain[] = {below(70), below(70), below(70), below(70)};
+    check(cfmoe_tokenizer_encode_typed(maybe(tokenizer), text.data(), text.size(), below(9) == 0 ? nullptr : plain,
+                                       below(3), ids.data(), ids.size(), &count, error_, error_size()));
     cfmoe_tokenizer_push(maybe(tokenizer), static_cast<int32_t>(edge()), error_, below(8), &count, nullptr, 0);
     cfmoe_tokenizer_close(tokenizer);
   }

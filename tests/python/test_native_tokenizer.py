@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import lzma
 import random
@@ -46,6 +47,15 @@ class Native:
         out = (ctypes.c_int32 * (len(data) + 1))()
         error = _capi.ErrorText()
         error.check(self.lib.cfmoe_tokenizer_encode(self.handle, data, len(data), out, len(out), ctypes.byref(count), *error.arguments))
+        return list(out[: count.value])
+
+    def encode_typed(self, text: str, plain: Sequence[tuple[int, int]]) -> list[int]:
+        """`plain` counts bytes."""
+        data, count = text.encode(), ctypes.c_size_t()
+        out, ranges = (ctypes.c_int32 * (len(data) + 1))(), (ctypes.c_size_t * (2 * len(plain)))(*itertools.chain.from_iterable(plain))
+        error = _capi.ErrorText()
+        arguments = (self.handle, data, len(data), ranges, len(plain), out, len(out), ctypes.byref(count), *error.arguments)
+        error.check(self.lib.cfmoe_tokenizer_encode_typed(*arguments))
         return list(out[: count.value])
 
     def push(self, token: int) -> str:
@@ -152,6 +162,28 @@ def test_every_kind_that_is_read_gives_the_same_ids(kind: str, tmp_path: Path) -
             ids = reference.encode(text, add_special_tokens=False).ids
             assert native.encode(text) == ids, repr(text[:200])
             assert native.decode(ids) == reference.decode(ids), repr(text[:200])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "three digits"])
+def test_what_was_typed_holds_no_special_token(kind: str, tmp_path: Path) -> None:
+    reference, text_only = KINDS[kind](), KINDS[kind]()
+    text_only.encode_special_tokens = True
+    user, end = (reference.token_to_id(token) for token in ("<|user|>", "<|endoftext|>"))
+    with Native(write(tmp_path / "a", reference)) as native:
+        for text in hard_texts():
+            size = len(text.encode())
+            ids = text_only.encode(text, add_special_tokens=False).ids
+            assert native.encode_typed(text, [(0, size)]) == native.encode_typed(text, [(0, size // 2), (size // 2, size)]) == ids
+            assert native.encode_typed(text, []) == native.encode_typed(text, [(0, 0), (size, size)]) == native.encode(text)
+        # A template around what was typed; a token that reaches into that is none.
+        typed = "é <|endoftext|> <|user|>"
+        ids = native.encode_typed(f"<|user|>{typed}<|endoftext|>", [(8, 8 + len(typed.encode()))])
+        assert (ids[0], ids[-1]) == (user, end) and not {user, end} & set(ids[1:-1])
+        assert user not in native.encode_typed("<|user|>", [(2, 6)])
+        assert native.encode_typed("<|user|>x", [(8, 9)])[0] == user
+        for wrong in ([(1, 0)], [(0, 2)], [(2, 2)]):
+            with pytest.raises(CFMoEError, match="plain holds what is no range of the text"):
+                native.encode_typed("a", wrong)
 
 
 @pytest.mark.parametrize("model", ["demo_model", "moe_63m"])

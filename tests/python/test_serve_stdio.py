@@ -38,6 +38,24 @@ def test_a_conversation_is_the_one_of_the_library(demo_artifact: Path) -> None:
         assert again == first.token_ids
 
 
+def test_a_prompt_in_pieces(demo_artifact: Path) -> None:
+    """One text, in which special tokens count only where they were not typed."""
+    with EngineProcess() as process:
+        process.call("load", artifact=str(demo_artifact))
+        begin, typed = "<|user|>Is", " <|assistant|> a token?\n"
+
+        def prompt_tokens(prompt: object) -> int:
+            return process.generate(prompt=prompt, max_new_tokens=1, stop_tokens=[], reset=True)[2]["prompt_tokens"]
+
+        whole = prompt_tokens(begin + typed)
+        assert prompt_tokens([{"text": begin}, {"text": typed}]) == prompt_tokens([{"text": begin + typed, "typed": False}]) == whole
+        assert prompt_tokens([{"text": begin, "typed": None}, {"text": typed, "typed": True}]) > whole
+        for wrong in ([{"typed": True}], [{"text": "x", "typed": 1}], [{"text": "x", "kind": "y"}], ["x"], [], 7):
+            process.send_raw(json.dumps({"op": "generate", "prompt": wrong}).encode())
+            assert process.read()["kind"] == "user"
+        assert prompt_tokens(begin + typed) == whole
+
+
 def test_devices_are_listed_and_chosen(demo_artifact: Path) -> None:
     # A driver of this machine may put its own signal stack in the place of the sanitizer's, and leave memory behind.
     with EngineProcess(environment={"ASAN_OPTIONS": "use_sigaltstack=0:detect_leaks=0"}) as process:

@@ -178,6 +178,12 @@ CFMOE_API void cfmoe_tokenizer_close(cfmoe_tokenizer* tokenizer); /* NULL is all
 CFMOE_API cfmoe_status cfmoe_tokenizer_encode(const cfmoe_tokenizer* tokenizer, const char* text, size_t text_size,
                                               int32_t* out, size_t capacity, size_t* count, char* error,
                                               size_t error_size);
+/* The same for a text of which a part was typed: special tokens that touch a range [plain[2 * i], plain[2 * i + 1]) of
+ * bytes are not looked for, there they are text like any other. */
+CFMOE_API cfmoe_status cfmoe_tokenizer_encode_typed(const cfmoe_tokenizer* tokenizer, const char* text,
+                                                    size_t text_size, const size_t* plain, size_t plain_count,
+                                                    int32_t* out, size_t capacity, size_t* count, char* error,
+                                                    size_t error_size);
 /* Streams: the text, in whole characters, that `token` completes after those pushed before; special tokens have none.
  * A negative `token` ends the stream with what is left. Writes `size` bytes and a NUL, and refuses where they do not
  * fit in `capacity`: three times the longest token and a few. What is no UTF-8 becomes U+FFFD. */

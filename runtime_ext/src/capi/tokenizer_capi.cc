@@ -40,12 +40,25 @@ void cfmoe_tokenizer_close(cfmoe_tokenizer* tokenizer) { delete tokenizer; }
 
 cfmoe_status cfmoe_tokenizer_encode(const cfmoe_tokenizer* tokenizer, const char* text, size_t text_size, int32_t* out,
                                     size_t capacity, size_t* count, char* error, size_t error_size) {
+  return cfmoe_tokenizer_encode_typed(tokenizer, text, text_size, nullptr, 0, out, capacity, count, error, error_size);
+}
+
+cfmoe_status cfmoe_tokenizer_encode_typed(const cfmoe_tokenizer* tokenizer, const char* text, size_t text_size,
+                                          const size_t* plain, size_t plain_count, int32_t* out, size_t capacity,
+                                          size_t* count, char* error, size_t error_size) {
   if (count != nullptr) *count = 0;
   return guarded(error, error_size, [&] {
     require(tokenizer != nullptr && count != nullptr, "tokenizer or count is NULL");
     require(text != nullptr || text_size == 0, "text is NULL");
+    require(plain != nullptr || plain_count == 0, "plain is NULL");
+    std::vector<cfmoe::TextRange> ranges(plain_count);
+    for (size_t i = 0; i < plain_count; ++i) {
+      ranges[i] = {plain[2 * i], plain[2 * i + 1]};
+      require(ranges[i].begin <= ranges[i].end && ranges[i].end <= text_size,
+              "plain holds what is no range of the text");
+    }
     std::vector<int32_t> ids;
-    tokenizer->bpe.encode(std::string_view(text, text_size), &ids);
+    tokenizer->bpe.encode(std::string_view(text, text_size), ranges, &ids);
     if (out != nullptr) std::copy_n(ids.begin(), std::min(capacity, ids.size()), out);
     *count = ids.size();
   });

@@ -160,16 +160,16 @@ const ByteLevelBpe::AddedToken* ByteLevelBpe::longest(const std::vector<AddedTok
   return found == tokens.end() ? nullptr : &*found;
 }
 
-// Hands on what lies between added tokens, whose ids are appended.
-template <typename Take>
+// Hands on what lies between added tokens, whose ids are appended. `is_text` tells which of those found are none.
+template <typename Take, typename IsText>
 void ByteLevelBpe::cut(const std::vector<AddedToken>& tokens, std::string_view text, std::vector<int32_t>* out,
-                       const Take& take) {
+                       const IsText& is_text, const Take& take) {
   std::array<bool, 256> begins{};
   for (const AddedToken& token : tokens) begins[static_cast<unsigned char>(token.content[0])] = true;
   size_t begin = 0;
   for (size_t at = 0; at < text.size();) {
     const AddedToken* token = begins[static_cast<unsigned char>(text[at])] ? longest(tokens, text.substr(at)) : nullptr;
-    if (token == nullptr) {
+    if (token == nullptr || is_text(*token, text.data() + at)) {
       ++at;
       continue;
     }
@@ -181,15 +181,22 @@ void ByteLevelBpe::cut(const std::vector<AddedToken>& tokens, std::string_view t
   if (begin < text.size()) take(text.substr(begin));
 }
 
-void ByteLevelBpe::encode(std::string_view text, std::vector<int32_t>* out) const {
+void ByteLevelBpe::encode(std::string_view text, std::span<const TextRange> plain, std::vector<int32_t>* out) const {
   for (size_t at = 0; at < text.size();) {
     const unicode::Decoded character = unicode::decode_utf8(text, at);
     if (!character.valid) throw Error("the text is not UTF-8 at byte " + std::to_string(at) + ": convert it to UTF-8");
     at += character.size;
   }
-  cut(added_, text, out, [&](std::string_view between) {
-    cut(added_normalized_, between, out, [&](std::string_view plain) {
-      pre_tokenizer_.split(plain, [&](std::string_view piece) { encode_piece(piece, out); });
+  const auto is_text = [&](const AddedToken& token, const char* place) {
+    if (!special_[static_cast<size_t>(token.id)]) return false;
+    const auto begin = static_cast<size_t>(place - text.data());
+    return std::any_of(plain.begin(), plain.end(), [&](const TextRange& range) {
+      return begin < range.end && begin + token.content.size() > range.begin;
+    });
+  };
+  cut(added_, text, out, is_text, [&](std::string_view between) {
+    cut(added_normalized_, between, out, is_text, [&](std::string_view rest) {
+      pre_tokenizer_.split(rest, [&](std::string_view piece) { encode_piece(piece, out); });
     });
   });
 }

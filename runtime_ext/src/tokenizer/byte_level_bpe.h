@@ -13,6 +13,11 @@
 
 namespace cfmoe {
 
+// Bytes [begin, end) of a text.
+struct TextRange {
+  size_t begin, end;
+};
+
 class ByteLevelBpe {
  public:
   // `json` is tokenizer.json, `path` what messages call it. Throws cfmoe::Error where it is damaged or a tokenizer of
@@ -22,7 +27,9 @@ class ByteLevelBpe {
   int32_t vocab_size() const { return static_cast<int32_t>(pieces_.size()); }
   // Appends the ids of `text`; no special token is added, but those written in the text are found. Throws cfmoe::Error
   // where the text is no UTF-8.
-  void encode(std::string_view text, std::vector<int32_t>* out) const;
+  void encode(std::string_view text, std::vector<int32_t>* out) const { encode(text, {}, out); }
+  // The same, but special tokens that touch one of the ranges `plain` are not looked for: there they are text.
+  void encode(std::string_view text, std::span<const TextRange> plain, std::vector<int32_t>* out) const;
   // The bytes of a token; a character may be spread over several tokens. Empty for a special token if `skip_special`,
   // and for ids that are no token.
   std::string_view bytes(int32_t token, bool skip_special) const;
@@ -40,9 +47,9 @@ class ByteLevelBpe {
   void read_added(const JsonValue& tokens);
   void add_piece(int32_t id, std::string piece);
   static const AddedToken* longest(const std::vector<AddedToken>& tokens, std::string_view text);
-  template <typename Take>
+  template <typename Take, typename IsText>
   static void cut(const std::vector<AddedToken>& tokens, std::string_view text, std::vector<int32_t>* out,
-                  const Take& take);
+                  const IsText& is_text, const Take& take);
   void encode_piece(std::string_view piece, std::vector<int32_t>* out) const;
 
   PreTokenizer pre_tokenizer_;

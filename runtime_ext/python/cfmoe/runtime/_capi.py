@@ -189,6 +189,13 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
         c_int,
         [c_void_p, c_char_p, c_size_t, POINTER(c_int32), c_size_t, POINTER(c_size_t), c_char_p, c_size_t],
     ),
+    "cfmoe_tokenizer_encode_typed": (
+        c_int,
+        [
+            *(c_void_p, c_char_p, c_size_t, POINTER(c_size_t), c_size_t),
+            *(POINTER(c_int32), c_size_t, POINTER(c_size_t), c_char_p, c_size_t),
+        ],
+    ),
     "cfmoe_tokenizer_push": (c_int, [c_void_p, c_int32, c_char_p, c_size_t, POINTER(c_size_t), c_char_p, c_size_t]),
     "cfmoe_engine_policies": (c_char_p, []),
     "cfmoe_simulator_policies": (c_char_p, []),
