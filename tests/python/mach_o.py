@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,26 @@ class Object:
 def objects(archive: Path) -> list[Object]:
     """The objects of a BSD archive. Fails where it, or one of them, is none for 64-bit ARM."""
     return [_read(name, body) for name, body in _members(archive.read_bytes())]
+
+
+def write_small_archive(out: Path, target: str) -> Path:
+    """An archive at `out` with one object of one function, for `target`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source, made = out.with_suffix(".c"), out.with_suffix(".o")
+    source.write_text("int cfmoe_test(void) { return 1; }\n")
+    for command in (["clang", f"--target={target}", "-c", str(source), "-o", str(made)], ["ar", "rcD", str(out), str(made)]):
+        subprocess.run([sys.executable, "-m", "ziglang", *command], check=True, timeout=120)
+    return out
+
+
+def write_members(archive: Path, out: Path) -> list[Path]:
+    """The objects of `archive` as files in the new directory `out`."""
+    out.mkdir()
+    written = []
+    for number, (name, body) in enumerate(_members(archive.read_bytes())):
+        written.append(out / f"{number:03}-{name}")
+        written[-1].write_bytes(body)
+    return written
 
 
 def _members(data: bytes) -> Iterator[tuple[str, bytes]]:

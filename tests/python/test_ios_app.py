@@ -21,9 +21,11 @@ import pytest
 from cfmoe.artifact.reader import Artifact
 from cfmoe.errors import CFMoEError
 from cfmoe.package import xcode
+from mach_o import write_small_archive
 from model_archives import write_archives
 from objective_cxx import check_metal
 from support import ROOT, load_script
+from xcode_project import file_paths
 
 APP = ROOT / "ios_app"
 KIT = APP / "CFMoEKit"
@@ -36,25 +38,6 @@ def _project_text() -> str:
     text = load_script(APP / "tools" / "make_project.py").text()
     assert isinstance(text, str)
     return text
-
-
-def _paths(project: Any, directory: Path) -> dict[str, Path]:
-    """Where each file reference of the project lies, by the reference's name."""
-    found: dict[str, Path] = {}
-    roots = {"SOURCE_ROOT": directory}
-
-    def walk(group: Any, base: Path) -> None:
-        for key in group.children:
-            item = project.objects[key]
-            path = item.get("path", None)
-            where = roots.get(item.sourceTree, base)
-            if item.isa == "PBXGroup":
-                walk(item, where / path if path else where)
-            elif item.sourceTree in ("<group>", "SOURCE_ROOT"):
-                found[key] = Path(os.path.normpath(where / path))
-
-    walk(project.objects[project.objects[project.rootObject].mainGroup], directory)
-    return found
 
 
 def _phase(project: Any, isa: str) -> list[Any]:
@@ -70,7 +53,7 @@ def test_the_project_builds_every_source() -> None:
     from pbxproj import XcodeProject
 
     project = XcodeProject.load(str(PROJECT))
-    paths = _paths(project, APP)
+    paths = file_paths(project, APP)
     made_later = {APP / "Libraries" / "CFMoE.xcframework", APP / "Model"}
     assert {path for path in paths.values() if not path.exists()} - made_later == set()
     compiled = {paths[row.fileRef] for row in _phase(project, "PBXSourcesBuildPhase")}
@@ -197,22 +180,11 @@ def test_metal_kernels_are_valid(metal_artifact: Path, tmp_path: Path) -> None:
     assert check(wrong).returncode != 0
 
 
-def _static_library(out: Path, target: str) -> Path:
-    """An archive with one object of one function."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    source = out.with_suffix(".c")
-    source.write_text("int cfmoe_test(void) { return 1; }\n")
-    compile_object = [sys.executable, "-m", "ziglang", "clang", f"--target={target}", "-c", str(source), "-o", str(out.with_suffix(".o"))]
-    subprocess.run(compile_object, check=True, timeout=120)
-    subprocess.run([sys.executable, "-m", "ziglang", "ar", "rc", str(out), str(out.with_suffix(".o"))], check=True, timeout=120)
-    return out
-
-
 def test_what_is_packaged_holds_together(demo_artifact: Path, tmp_path: Path) -> None:
     from pbxproj import XcodeProject
 
-    device = _static_library(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
-    simulator = _static_library(tmp_path / "simulator" / "libcfmoe.a", "arm64-apple-ios15.0-simulator")
+    device = write_small_archive(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
+    simulator = write_small_archive(tmp_path / "simulator" / "libcfmoe.a", "arm64-apple-ios15.0-simulator")
     steps: list[tuple[int, int]] = []
     libraries = {"ios-arm64": device, "ios-arm64-simulator": simulator}
     out = tmp_path / "packaged"
@@ -220,7 +192,7 @@ def test_what_is_packaged_holds_together(demo_artifact: Path, tmp_path: Path) ->
     assert project_path == out / "ios_app" / "CFMoE.xcodeproj"
     assert steps and steps[-1][0] == steps[-1][1]
     project = XcodeProject.load(str(project_path / "project.pbxproj"))
-    assert [path for path in _paths(project, out / "ios_app").values() if not path.exists()] == []
+    assert [path for path in file_paths(project, out / "ios_app").values() if not path.exists()] == []
     (model,) = (out / "ios_app" / "Model").iterdir()
     Artifact.open(model).verify()
     framework = out / "ios_app" / "Libraries" / "CFMoE.xcframework"
@@ -245,9 +217,9 @@ def test_what_is_packaged_holds_together(demo_artifact: Path, tmp_path: Path) ->
 
 
 def test_wrong_parts_are_refused(demo_artifact: Path, tmp_path: Path) -> None:
-    device = _static_library(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
-    mac = _static_library(tmp_path / "mac" / "libcfmoe.a", "arm64-apple-macos12.0")
-    linux = _static_library(tmp_path / "linux" / "libcfmoe.a", "aarch64-linux-musl")
+    device = write_small_archive(tmp_path / "device" / "libcfmoe.a", "arm64-apple-ios15.0")
+    mac = write_small_archive(tmp_path / "mac" / "libcfmoe.a", "arm64-apple-macos12.0")
+    linux = write_small_archive(tmp_path / "linux" / "libcfmoe.a", "aarch64-linux-musl")
     text = tmp_path / "text.a"
     text.write_text("no archive")
     cut = tmp_path / "cut.a"

@@ -1,94 +1,158 @@
-"""The archive that an iOS app links: Mach-O for iOS, kernels inside, and no symbol for others but the C API."""
+"""The archive that an iOS app links: Mach-O for iOS, kernels inside, no symbol for others but the C API, nothing wanted that iOS lacks.
+And a whole program of it, the Metal device and a main function, as Xcode would link one, but by zig's linker."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import ziglang
 
 from cfmoe.artifact import Artifact
 from cfmoe.package import native
 from cfmoe.package.kernels import phone_kernels
+from mach_o import Object, objects, write_members
+from objective_cxx import compile_metal
 from support import ROOT
 
 PLATFORMS = {"ios-arm64": 2, "ios-arm64-simulator": 7}  # of LC_BUILD_VERSION
-_SYMTAB, _BUILD_VERSION = 0x2, 0x32
-_EXTERNAL, _PRIVATE, _TYPE = 0x01, 0x10, 0x0E
+ZIG = Path(ziglang.__file__).parent
+STANDARD_LIBRARY = ROOT / "tests" / "ios_symbols" / "libcxx.txt"
+# What the Metal device uses of Foundation, Metal, the runtime of Objective-C and clang's own library.
+_CLASSES = ("MTLCompileOptions", "MTLComputePipelineDescriptor", "NSArray", "NSProcessInfo", "NSString")
+_RUNTIME = ("alloc", "alloc_init", "autoreleasePoolPop", "autoreleasePoolPush", "autoreleaseReturnValue", "enumerationMutation", "msgSend")
+_RUNTIME += ("release", "retain", "retainAutoreleasedReturnValue", "retainAutoreleaseReturnValue", "storeStrong", "retainBlock")
+FRAMEWORKS = {f"_OBJC_CLASS_$_{name}" for name in _CLASSES} | {f"_objc_{name}" for name in _RUNTIME}
+FRAMEWORKS |= {"_MTLCreateSystemDefaultDevice", "___NSArray0__", "___isPlatformVersionAtLeast", "__objc_empty_cache"}
 
-pytestmark = [
-    pytest.mark.cross,
-    pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="zig is missing: pip install 'cfmoe[cross]'"),
-]
+_C_FLAGS = ["-target", "aarch64-ios.15.0", "-isystem", str(ZIG / "lib" / "libc" / "include" / "any-darwin-any")]
+_C_FLAGS += ["-I", str(ROOT / "runtime_ext" / "include")]
 
-
-def members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the object files of a BSD archive."""
-    data = archive.read_bytes()
-    assert data.startswith(b"!<arch>\n")
-    at = 8
-    while at < len(data):
-        header = data[at : at + 60]
-        name, size = header[:16].decode().strip(), int(header[48:58])
-        body = data[at + 60 : at + 60 + size]
-        if name.startswith("#1/"):
-            length = int(name[3:])
-            name, body = body[:length].rstrip(b"\0").decode(), body[length:]
-        if not name.startswith("__.SYMDEF"):
-            yield name, body
-        at += 60 + size + size % 2
+pytestmark = pytest.mark.cross
 
 
-def read_object(data: bytes) -> tuple[int, int, set[str], set[str]]:
-    """Platform, least version (as in LC_BUILD_VERSION), symbols that are defined for others, symbols that are wanted of others."""
-    magic, cpu, _, kind, count = struct.unpack_from("<5I", data)
-    assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 1), "not a 64-bit ARM Mach-O object"
-    platform = version = -1
-    defined: set[str] = set()
-    wanted: set[str] = set()
+@pytest.fixture(autouse=True)
+def kept_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
+
+
+def _archive(name: str, artifact: Path) -> tuple[Path, set[str]]:
+    """The archive for the platform `name`, and what the names of its kernels begin with."""
+    preset = native.PRESETS[name]
+    kernels = phone_kernels(Artifact.open(artifact), preset.triple)
+    prefixes = [k.prefix for k in kernels]
+    return native.build(preset, [k.object_file for k in kernels], prefixes), set(prefixes)
+
+
+def _c_library() -> set[str]:
+    """What Apple's C library exports, by the SDK's list that zig brings: macOS's, of which iOS has what is used here as well."""
+    text = (ZIG / "lib" / "libc" / "darwin" / "libSystem.tbd").read_text()
+    names = {name.strip().strip("'") for part in re.findall(r"symbols:\s+\[(.*?)\]", text, re.S) for name in part.split(",")}
+    assert {"_malloc", "_pthread_create", "_open"} <= names
+    return {name for name in names if re.fullmatch(r"[\w$.]+", name)}
+
+
+def _standard_library() -> set[str]:
+    return {line for line in STANDARD_LIBRARY.read_text().splitlines() if line and not line.startswith("#")}
+
+
+def _zig(*arguments: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "ziglang", *arguments], capture_output=True, encoding="utf-8", timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def _stub(directory: Path, name: str, install_name: str, symbols: set[str]) -> Path:
+    """What a linker needs to know of a library of the system: that it has `symbols`."""
+    rows = ", ".join(f"'{symbol}'" for symbol in sorted(symbols))
+    text = f"targets: [ arm64-ios ]\ninstall-name: '{install_name}'\nexports:\n  - targets: [ arm64-ios ]\n    symbols: [ {rows} ]\n"
+    made = directory / f"{name}.tbd"
+    made.write_text(f"--- !tapi-tbd\ntbd-version: 4\n{text}...\n")
+    return made
+
+
+def _commands(data: bytes, count: int) -> tuple[set[str], tuple[int, int], list[tuple[int, int]]]:
+    """Of a Mach-O program: the libraries that it loads, platform and least version, address and file offset of each segment."""
+    loaded: set[str] = set()
+    platform = (-1, -1)
+    segments = []
     at = 32
     for _ in range(count):
         command, size = struct.unpack_from("<2I", data, at)
-        if command == _BUILD_VERSION:
-            platform, version = struct.unpack_from("<2I", data, at + 8)
-        if command == _SYMTAB:
-            symbols, symbol_count, strings, _ = struct.unpack_from("<4I", data, at + 8)
-            for i in range(symbol_count):
-                name_at, flags = struct.unpack_from("<IB", data, symbols + 16 * i)
-                if not flags & _EXTERNAL or flags & _PRIVATE:
-                    continue
-                name = data[strings + name_at : data.index(b"\0", strings + name_at)].decode()
-                (defined if flags & _TYPE else wanted).add(name)
+        if command == 0xC:  # LC_LOAD_DYLIB
+            loaded.add(data[at + struct.unpack_from("<I", data, at + 8)[0] : at + size].split(b"\0")[0].decode())
+        elif command == 0x32:  # LC_BUILD_VERSION
+            platform = struct.unpack_from("<2I", data, at + 8)
+        elif command == 0x19:  # LC_SEGMENT_64
+            address, _, offset = struct.unpack_from("<3Q", data, at + 24)
+            segments.append((address, offset))
         at += size
-    return platform, version, defined, wanted
+    return loaded, platform, segments
+
+
+def _check_objects(name: str, read: list[Object]) -> None:
+    assert len(read) > 30
+    for each in read:
+        assert (each.platform, each.version) == (PLATFORMS[name], 15 << 16), each.name
+    # What the linker is told to load, all of it, defines nothing twice.
+    seen: dict[str, Object] = {}
+    for each in read:
+        for symbol in each.exported | each.private:
+            first = seen.setdefault(symbol, each)
+            assert first is each or symbol in first.weak & each.weak, f"{symbol} is in {first.name} and {each.name}"
 
 
 @pytest.mark.parametrize("name", PLATFORMS)
-def test_the_archive_is_for_its_platform_and_exports_the_c_api(name: str, demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
-    preset = native.PRESETS[name]
-    kernels = phone_kernels(Artifact.open(demo_artifact), preset.triple)
-    archive = native.build(preset, [k.object_file for k in kernels], [k.prefix for k in kernels])
-    exported: set[str] = set()
-    wanted: set[str] = set()
-    seen = 0
-    for member, data in members(archive):
-        platform, version, defined, undefined = read_object(data)
-        assert (platform, version) == (PLATFORMS[name], 15 << 16), member
-        exported |= defined
-        wanted |= undefined
-        seen += 1
-    assert seen > 30
+def test_the_archive_is_for_its_platform_and_exports_the_c_api(name: str, demo_artifact: Path) -> None:
+    archive, prefixes = _archive(name, demo_artifact)
+    read = objects(archive)
+    _check_objects(name, read)
+    exported = {symbol for each in read for symbol in each.exported}
     header = (ROOT / "runtime_ext" / "include" / "cfmoe" / "cfmoe.h").read_text()
     api = {f"_{function}" for function in re.findall(r"\b(cfmoe_\w+)\(", header)}
-    pattern = r"___tvm_ffi_(cfmoe_[0-9a-f]{16}_aarch64(?:_dotprod)?_)"
-    kernel_names = {symbol for symbol in exported if re.match(pattern, symbol)}
-    assert {match[1] for symbol in kernel_names if (match := re.match(pattern, symbol))} == {k.prefix for k in kernels}
+    pattern = re.compile(r"___tvm_ffi_(cfmoe_[0-9a-f]{16}_aarch64(?:_dotprod)?_)")
+    kernel_names = {symbol for symbol in exported if pattern.match(symbol)}
+    assert {match[1] for symbol in kernel_names if (match := pattern.match(symbol))} == prefixes
     # Weak ones of the compiler's, by which kernels find the runtime where they are loaded.
     backend = {symbol for symbol in exported if "TVMBackend" in symbol or "tvm_ffi_library" in symbol}
     assert exported - kernel_names - backend == api
-    # What it wants of others comes from iOS: the C library and the C++ standard library.
-    assert not {symbol for symbol in wanted - exported if "tvm" in symbol.lower() or "cfmoe" in symbol}
+
+    wanted = {symbol for each in read for symbol in each.wanted} - {symbol for each in read for symbol in each.exported | each.private}
+    assert wanted - _c_library() - _standard_library() == set(), (
+        f"see whether the libc++ of iOS 15 has these, and write them into {STANDARD_LIBRARY.relative_to(ROOT)}"
+    )
+
+
+def test_a_program_of_archive_and_metal_device_links(demo_artifact: Path, tmp_path: Path) -> None:
+    archive, prefixes = _archive("ios-arm64", demo_artifact)
+    parts = write_members(archive, tmp_path / "archive")
+    parts += [compile_metal(source, "arm64-apple-ios15.0", tmp_path) for source in ("metal_device.mm", "metal_stream.mm")]
+    main = tmp_path / "main.o"
+    _zig("cc", *_C_FLAGS, "-c", str(ROOT / "runtime_ext" / "examples" / "complete.c"), "-o", str(main))
+    parts.append(main)
+    libraries = [
+        _stub(tmp_path, "libc", "/usr/lib/libSystem.B.dylib", _c_library()),
+        _stub(tmp_path, "libcxx", "/usr/lib/libc++.1.dylib", _standard_library()),
+        _stub(tmp_path, "frameworks", "/frameworks", FRAMEWORKS),
+    ]
+    program = tmp_path / "program"
+    (tmp_path / "sysroot").mkdir()
+    _zig("cc", *_C_FLAGS, "--sysroot", str(tmp_path / "sysroot"), *map(str, [*parts, *libraries]), "-o", str(program))
+    data = program.read_bytes()
+    magic, cpu, _, kind, count = struct.unpack_from("<5I", data)
+    assert (magic, cpu, kind) == (0xFEEDFACF, 0x0100000C, 2)
+    loaded, platform, segments = _commands(data, count)
+    assert loaded == {"/usr/lib/libSystem.B.dylib", "/usr/lib/libc++.1.dylib", "/frameworks"}
+    assert platform == (2, 15 << 16)
+    assert segments and all(address % 16384 == 0 and offset % 16384 == 0 for address, offset in segments)
+    for prefix in prefixes:
+        assert prefix.encode() in data
+    # The linker notices what is missing, and what is there twice.
+    few = [part for part in parts if "kernel_library" not in part.name]
+    assert len(few) == len(parts) - 1
+    for wrong, message in ((few, "undefined symbol"), ([*parts, main], "duplicate symbol")):
+        with pytest.raises(AssertionError, match=message):
+            _zig("cc", *_C_FLAGS, "--sysroot", str(tmp_path / "sysroot"), *map(str, [*wrong, *libraries]), "-o", str(program))

@@ -83,8 +83,11 @@ def ndk() -> Path | None:
 def missing() -> dict[str, str]:
     """What a build lacks here: name -> how to get it."""
     lacking = {name: f"pip install {name}" for name in ("cmake", "ninja") if _tool(name) is None}
-    if importlib.util.find_spec("ziglang") is None:
+    zig = importlib.util.find_spec("ziglang")
+    if zig is None:
         lacking["zig"] = "pip install 'cfmoe[cross]'"
+    elif not (zig.origin and Path(zig.origin).with_name("zig").is_file()):
+        lacking["zig"] = "pip install --force-reinstall ziglang"
     if importlib.util.find_spec("tvm") is None:
         lacking["the kernel compiler"] = "pip install 'cfmoe[compile]'"
     return lacking
@@ -189,8 +192,15 @@ def _run(command: list[str], root: Path, environment: dict[str, str], preset: Pr
         process.wait()
         raise
     if process.wait() != 0:
-        errors = [line for line in lines if "error" in line.lower()] or lines
-        raise CFMoEError(f"the native code for {preset.name} cannot be built: {' '.join(' '.join(errors[-3:]).split())[:600]}")
+        raise CFMoEError(f"the native code for {preset.name} cannot be built: {' '.join(_reason(lines).split())[:600]}")
+
+
+def _reason(lines: list[str]) -> str:
+    """What a failed build said of it: CMake in the lines after its word, compilers in the line itself."""
+    cmake = [i for i, line in enumerate(lines) if line.startswith("CMake Error")]
+    if cmake:
+        return " ".join(line for line in lines[cmake[0] : cmake[0] + 12] if not line.startswith(("Call Stack", "-- ")))
+    return " ".join(([line for line in lines if "error" in line.lower()] or lines)[-3:])
 
 
 def _keep(product: Path, kept: Path) -> None:

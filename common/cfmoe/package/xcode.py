@@ -24,7 +24,7 @@ _MODELS = "ios_app/Model"
 # Parts of the checkout that the project refers to, beside the app itself.
 _RUNTIME_PARTS = ("include/cfmoe/cfmoe.h", "src/device/device.h", "src/device/metal", "src/error.h", "src/store/aligned_buffer.h")
 _APP_PARTS = ("CFMoE", "CFMoE.xcodeproj", "CFMoEKit", "README.md")
-_IGNORED = shutil.ignore_patterns(".*", "xcuserdata", "Package.resolved")
+_IGNORED = shutil.ignore_patterns(".*", "xcuserdata", "Package.resolved")  # what Xcode and Swift leave behind
 _COPY_BYTES = 1 << 20
 
 _ARCHIVE_MAGIC, _MEMBER_BYTES = b"!<arch>\n", 60
@@ -89,10 +89,21 @@ def _copy_sources(app_dir: Path, out: Path) -> None:
     for source, target in parts:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            # Links stay links: what they point to is copied to the same place.
-            shutil.copytree(source, target, symlinks=True, ignore=_IGNORED)
+            _copy_directory(source, target)
         else:
             shutil.copyfile(source, target)
+
+
+def _copy_directory(source: Path, target: Path) -> None:
+    """Not shutil.copytree, which goes on after an error and then says no more of it than its text."""
+    target.mkdir()
+    names = [path.name for path in source.iterdir()]
+    for name in sorted(set(names) - _IGNORED(source, names)):
+        # Links stay links: what they point to is copied to the same place.
+        if (source / name).is_dir() and not (source / name).is_symlink():
+            _copy_directory(source / name, target / name)
+        else:
+            shutil.copyfile(source / name, target / name, follow_symlinks=False)
 
 
 def _write_xcframework(libraries: dict[str, Path], out: Path) -> None:
