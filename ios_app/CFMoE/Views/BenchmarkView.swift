@@ -31,11 +31,21 @@ struct BenchmarkView: View {
           ForEach(report.results) { ResultRow(result: $0) }
         }
         if !benchmark.isRunning {
-          Button("Export JSON") { exported = (try? report.json()).map(JSONDocument.init) }
+          Button("Export JSON") { export(report) }
         }
       }
     }
-    .fileExporter(isPresented: isExporting, document: exported, contentType: .json, defaultFilename: "cfmoe-benchmark") { _ in }
+    .fileExporter(isPresented: isExporting, document: exported, contentType: .json, defaultFilename: "cfmoe-benchmark") { result in
+      if case .failure(let error) = result { benchmark.model.fail(error) }
+    }
+  }
+
+  private func export(_ report: BenchmarkReport) {
+    do {
+      exported = JSONDocument(try report.json())
+    } catch {
+      benchmark.model.fail(error)
+    }
   }
 
   private var isExporting: Binding<Bool> {

@@ -42,9 +42,13 @@ struct ModelsView: View {
       }
     }
     .fileImporter(isPresented: $isChoosing, allowedContentTypes: Self.importable) { result in
-      guard case .success(let url) = result else { return }
-      let file = ChosenFile(url)
-      models.model.importModel(file.url) { file.giveBack() }
+      switch result {
+      case .success(let url):
+        let file = ChosenFile(url)
+        models.model.importModel(file.url) { file.giveBack() }
+      case .failure(let error):
+        models.model.fail(error)
+      }
     }
     .confirmationDialog("Delete this model?", isPresented: isDeleting, titleVisibility: .visible, presenting: toDelete) { model in
       Button("Delete \(model.manifest.name)", role: .destructive) { Task { await models.model.delete(model) } }
@@ -75,7 +79,7 @@ private struct ModelRow: View {
       if isOpen {
         Image(systemName: "checkmark.circle.fill").foregroundColor(.accentColor).accessibilityLabel("Open")
       } else {
-        Button("Open", action: open).buttonStyle(.bordered).disabled(isOpening)
+        Button("Open", action: open).buttonStyle(.bordered).disabled(isOpening).accessibilityLabel("Open \(model.manifest.name)")
       }
     }
   }

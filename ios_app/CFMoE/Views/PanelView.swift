@@ -69,6 +69,7 @@ private struct BudgetSlider: View {
           panel.model.setBudget(UInt64(bytes))
           wanted = nil
         }
+        .accessibilityValue(sizeText(wanted ?? Double(panel.budgetBytes)))
       }
       Text("\(sizeText(wanted ?? Double(panel.budgetBytes))), room for \(memory.expertSlots) of \(memory.expertTotal) experts")
         .font(.footnote)

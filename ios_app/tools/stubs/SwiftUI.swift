@@ -231,6 +231,7 @@ extension View {
   public func onChange<Value: Equatable>(of value: Value, perform action: @escaping (Value) -> Void) -> some View { self }
   public func swipeActions<Content: View>(@ViewBuilder content: () -> Content) -> some View { self }
   public func accessibilityLabel(_ key: LocalizedStringKey) -> some View { self }
+  public func accessibilityValue<S: StringProtocol>(_ value: S) -> some View { self }
   public func accessibilityHidden(_ hidden: Bool) -> some View { self }
   public func accessibilityElement(children: AccessibilityChildBehavior) -> some View { self }
   public func toolbar<Content: ToolbarContent>(@ToolbarContentBuilder content: () -> Content) -> some View { self }

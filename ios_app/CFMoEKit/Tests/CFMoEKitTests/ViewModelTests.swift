@@ -284,6 +284,22 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     await host.unload()
   }
 
+  func testBenchmarkLeavesOutWhatDoesNotFit() async throws {
+    let all = host()
+    await all.load(try demo())
+    let memory = try XCTUnwrap(all.parts).engine.memory()
+    await all.unload()
+    let host = host(available: memory.smallestBudgetBytes + (memory.largestBudgetBytes - memory.smallestBudgetBytes) / 2 + (32 << 20))
+    await host.load(try demo())
+    let benchmark = BenchmarkViewModel(host: host, machine: "test")
+    benchmark.run(.init(expertPercents: [100, 25], promptTokens: 16, newTokens: 4))
+    await benchmark.settle()
+    XCTAssertEqual(benchmark.state.report?.results.map(\.memoryBudget), ["25%"])
+    XCTAssertEqual(benchmark.state.done, 2)
+    XCTAssert(try XCTUnwrap(benchmark.state.error).hasPrefix("100% of the experts take "), benchmark.state.error!)
+    await host.unload()
+  }
+
   func testLoadFailuresAndRaces() async throws {
     let host = host()
     let broken = try scratch(self).appendingPathComponent("broken", isDirectory: true)

@@ -45,9 +45,10 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
   /// Measures the open model. It is closed meanwhile, for two engines would share the memory, and opened again at the end.
   public func run(_ plan: Plan = Plan()) {
     guard running == nil else { return }
-    guard let model = host.loaded?.model, let placement = host.loaded?.placement else {
+    guard let loaded = host.loaded, let memory = try? host.parts?.engine.memory() else {
       return update { $0.error = "Choose a model first." }
     }
+    let (model, placement, limit) = (loaded.model, loaded.placement, host.memoryLimit)
     let date = ISO8601DateFormatter().string(from: Date())
     update { state in
       state = State(isRunning: true, total: plan.expertPercents.count)
@@ -58,6 +59,15 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
       for percent in plan.expertPercents where !Task.isCancelled {
         let name = "\(percent.formatted())%"
         self?.update { $0.current = name }
+        let needed = Self.bytes(percent, memory, loaded.info)
+        if let limit, needed > limit {
+          // The system would end the app.
+          self?.update { state in
+            state.error = "\(name) of the experts take \(needed >> 20) MiB, this app may take \(limit >> 20) MiB: left out."
+            state.done += 1
+          }
+          continue
+        }
         do {
           let result = try await Self.measure(model, placement, percent, name, plan)
           self?.update { state in
@@ -87,6 +97,15 @@ public final class BenchmarkViewModel: ViewModel<BenchmarkViewModel.State> {
   public func settle() async { await running?.value }
 
   public func dismissError() { update { $0.error = nil } }
+
+  /// For what cannot be exported or shown.
+  public func fail(_ error: any Error) { update { $0.error = CFMoEError.line(of: error) } }
+
+  /// The budget with room for so many percent of the experts.
+  private static func bytes(_ percent: Double, _ memory: Memory, _ model: ModelInfo) -> UInt64 {
+    let left = Double(memory.expertTotal) * (1 - percent / 100) * Double(model.expertRecordBytes)
+    return memory.largestBudgetBytes - UInt64(min(max(left, 0), Double(memory.largestBudgetBytes)))
+  }
 
   private nonisolated static func measure(
     _ model: InstalledModel, _ placement: Placement, _ percent: Double, _ name: String, _ plan: Plan

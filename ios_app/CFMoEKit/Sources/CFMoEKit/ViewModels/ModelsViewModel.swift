@@ -69,6 +69,9 @@ public final class ModelsViewModel: ViewModel<ModelsViewModel.State> {
     }
   }
 
+  /// For what the system's file picker could not give.
+  public func fail(_ error: any Error) { update { $0.error = CFMoEError.line(of: error) } }
+
   public func cancelImport() { importTask?.cancel() }
 
   /// Waits until no import is under way.
