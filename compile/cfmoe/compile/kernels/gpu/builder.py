@@ -48,7 +48,7 @@ def let(name: str, value: Expr) -> Expr:
 
 def kept(name: str, value: Expr) -> Expr:
     """The same for a value that is used often: TIR repeats what `let` binds, but not what memory holds."""
-    memory = local(name, 1)
+    memory = local(name, 1, str(value.ty))
     store(memory, 0, value)
     return load(memory, 0)
 

@@ -16,6 +16,7 @@ from cfmoe.compile.kernels.expert import ExpertShape, record_sections, scratch_w
 from cfmoe.compile.kernels.gpu.builder import (
     barrier,
     build,
+    dot4,
     float_to_bits,
     i32,
     kept,
@@ -97,19 +98,15 @@ def gate_up(name: str, profile: Profile, shape: ExpertShape, decode: bool) -> ti
             entry = _Work(work, first, number)
             base = let("base", entry.record + tile * i32(2 * blocks * fmt.words32))
             start = let("row_start", row(load(rows_in, entry.list_begin)))
-            values = shared("activated", TILE) if fmt.quantised else None
+            tail = _RowQuantiser() if fmt.quantised else None
             gate, up = product.emit(slab, base, activation, start, x, y)
-            with when(y == i32(0)):
-                gate, up = biased(slab, entry, tile, x, gate, up)
-                value = let("value", _activated(shape, gate, up))
-                if values is None:
+            gate, up = biased(slab, entry, tile, x, gate, up)
+            value = _activated(shape, gate, up)
+            if tail is not None:
+                tail.emit(value, scratch, let("group", entry.scratch * i32(width) + tile * i32(10)), x, y)
+            else:
+                with when(y == i32(0)):
                     store(scratch, entry.scratch * i32(width) + tile * i32(TILE) + x, value)
-                else:
-                    store(values, x, value)
-            if values is not None:
-                barrier()
-                with when(T.And(y == i32(0), x < i32(GROUP // 4))):
-                    _quantise_row(values, scratch, let("group", entry.scratch * i32(width) + tile * i32(10)), x)
 
     def prefill_body() -> None:
         (activation, rows_in, slab, scratch, work), (first, entries, most) = parameters(SCALARS, **names)
@@ -170,20 +167,37 @@ def _code(values: Buffer, at: Expr, inverse: Expr) -> Expr:
     return T.Cast("int32", rint(load(values, at) * inverse))
 
 
-def _quantise_row(values: Buffer, out: Buffer, group: Expr, word: Expr) -> None:
-    """Eight threads, one word each; the first writes scale and sum as well."""
-    largest = _largest(values, i32(0))
-    inverse = _inverse(largest)
-    packed = i32(0)
-    for place in range(4):
-        packed = packed | ((_code(values, word * i32(4) + i32(place), inverse) & i32(255)) << i32(8 * place))
-    store(out, group + word, packed)
-    with when(word == i32(0)):
-        total = _code(values, i32(0), inverse)
-        for k in range(1, GROUP):
-            total = total + _code(values, i32(k), inverse)
-        store(out, group + i32(8), float_to_bits(largest / f32(127.0)))
-        store(out, group + i32(9), total)
+class _RowQuantiser:
+    """Quantises the 32 values that the threads with y = 0 hold. All threads of the workgroup call `emit`."""
+
+    def __init__(self) -> None:
+        self.values, self.words = shared("activated", TILE), shared("code_words", TILE // 4, "int32")
+
+    def emit(self, value: Expr, out: Buffer, group: Expr, x: Expr, y: Expr) -> None:
+        first = y == i32(0)
+        with when(first):
+            store(self.values, x, value)
+        barrier()
+        with when(T.And(first, x < i32(TILE // 4))):
+            sizes = [T.fabs(load(self.values, i32(k))) for k in range(TILE)]
+            while len(sizes) > 1:
+                sizes = [let("larger", T.max(a, b)) for a, b in zip(sizes[::2], sizes[1::2], strict=True)]
+            largest = kept("largest", sizes[0])
+            inverse = _inverse(largest)
+            packed = i32(0)
+            for place in range(4):
+                packed = packed | ((_code(self.values, x * i32(4) + i32(place), inverse) & i32(255)) << i32(8 * place))
+            word = kept("word", packed)
+            store(self.words, x, word)
+            store(out, group + x, word)
+            with when(x == i32(0)):
+                store(out, group + i32(8), float_to_bits(largest / f32(127.0)))
+        barrier()
+        with when(T.And(first, x == i32(0))):
+            total = i32(0)
+            for k in range(TILE // 4):
+                total = total + dot4(load(self.words, i32(k)), i32(0x01010101))
+            store(out, group + i32(9), total)
 
 
 def _quantise_rows(values: Buffer, out: Buffer, group: Expr, row: Expr) -> None:

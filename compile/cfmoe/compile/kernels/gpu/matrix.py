@@ -1,7 +1,7 @@
 """Products of activations with packed weights: GEMV for one row, GEMM for rows that share weights.
 
 Weights are addressed in 32-bit words. A thread owns four neighbouring outputs of a tile, so that eight threads read a row of the tile in
-one coalesced access, and takes one of four slices of a block's inputs.
+one coalesced access.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from cfmoe.compile.kernels.gpu.builder import (
     barrier,
     bits_to_float,
     dot4,
+    extern,
     halves,
     i32,
+    kept,
     lane,
     let,
     load,
@@ -31,10 +33,11 @@ from cfmoe.compile.kernels.gpu.profile import Profile
 from cfmoe.compile.kernels.matmul import Format
 
 QUAD = 4  # outputs of a thread
-SLICES = 4  # threads that share the inputs of a block
+SLICES = 4  # threads of the GEMV that share outputs
 GEMM_ROWS = 32  # rows of a workgroup of the GEMM
 GEMM_THREADS = (TILE // QUAD, GEMM_ROWS // QUAD)
 _NIBBLES = 0x0F0F0F0F
+_ONES = 0x01010101
 _SIGNS = -0x7F7F7F80
 
 
@@ -59,7 +62,11 @@ def bias_words(fmt: Format, elements: int) -> int:
 
 @dataclass(frozen=True)
 class Gemv:
-    """One row times one tile of `streams` matrices whose blocks alternate, by 32 × rows threads."""
+    """One row times one tile of `streams` matrices whose blocks alternate, by 32 × rows threads.
+
+    Four threads share four outputs. Of quantised weights each takes a block of its own, so that all it reads are wide loads and what it
+    does once per block serves 32 inputs; of floats each takes a fourth of the inputs of one block.
+    """
 
     profile: Profile
     fmt: Format
@@ -72,18 +79,18 @@ class Gemv:
         return self.inputs // GROUP
 
     @property
-    def rows(self) -> int:
-        """Rows of threads, a power of two: more where there are few tiles, as long as each has blocks to read."""
-        rows = self.profile.thread_rows
-        while rows > self.profile.min_thread_rows and rows * TILE * self.tiles > self.profile.threads_at_once:
-            rows //= 2
-        while rows > 1 and 2 * rows > self.blocks:
-            rows //= 2
-        return rows
+    def _blocks_at_once(self) -> int:
+        """Blocks of a row of threads."""
+        return SLICES if self.fmt.quantised else 1
 
     @property
-    def unroll(self) -> int:
-        return max(1, min(self.profile.unroll, self.blocks // self.rows))
+    def rows(self) -> int:
+        """Rows of threads: more where there are few tiles, and none that would be idle in every step."""
+        most = self.profile.thread_rows
+        while most > self.profile.min_thread_rows and most * TILE * self.tiles > self.profile.threads_at_once:
+            most //= 2
+        units = -(-self.blocks // self._blocks_at_once)
+        return -(-units // -(-units // most))
 
     @property
     def threads(self) -> tuple[int, int]:
@@ -102,74 +109,89 @@ class Gemv:
         for buffer in acc:
             for o in range(QUAD):
                 store(buffer, o, f32(0.0))
-        step = self.rows * self.unroll
-        whole = self.blocks // step
+        at_once = self._blocks_at_once
+        step = self.rows * at_once
+        own = let("own_block", y * i32(SLICES) + slot) if at_once > 1 else y
+        block = self._quantised_block if self.fmt.quantised else self._float_block
+        whole, rest = divmod(self.blocks, step)
         if whole:
             with loop("step", whole) as at:
-                for part in range(self.unroll):
-                    self._block(acc, slab, base, activation, row, let("block", at * i32(step) + y + i32(part * self.rows)), slot, quad)
-        for first in range(whole * step, self.blocks, self.rows):
-            with when(None if first + self.rows <= self.blocks else y < i32(self.blocks - first)):
-                self._block(acc, slab, base, activation, row, let("block", y + i32(first)), slot, quad)
+                block(acc, slab, base, activation, row, let("block", at * i32(step) + own), None, slot, quad)
+        if rest:
+            with when(y < i32(-(-rest // at_once))):
+                number = let("block", own + i32(whole * step))
+                valid = number < i32(self.blocks) if rest % at_once else None
+                block(acc, slab, base, activation, row, number, valid, slot, quad)
         return self._sum(acc, x, y, slot, quad)
 
-    def _block(
-        self, acc: Sequence[Buffer], slab: Buffer, base: Expr, activation: Buffer, row: Expr, block: Expr, slot: Expr, quad: Expr
+    def _quantised_block(
+        self,
+        acc: Sequence[Buffer],
+        slab: Buffer,
+        base: Expr,
+        activation: Buffer,
+        row: Expr,
+        block: Expr,
+        valid: Expr | None,  # whether there is such a block; None: always
+        _slot: Expr,
+        quad: Expr,
     ) -> None:
-        words = self.fmt.words32
-        first = let("first", base + block * i32(self.streams * words))
-        if not self.fmt.quantised:
-            x = let("inputs_at", row + block * i32(GROUP) + slot * i32(8))
-            values = [let("inputs", load(activation, x + i32(4 * i), 4)) for i in range(2)]
-            for stream in range(self.streams):
-                for k in range(8):
-                    at = first + i32(stream * words)
-                    weights = _float_weights(self.fmt, slab, at, slot * i32(8) + i32(k), quad)
-                    for o in range(QUAD):
-                        store(acc[stream], o, load(acc[stream], o) + weights[o] * lane(values[k // 4], k % 4))
-            return
-        group = let("group", row + block * i32(10))
-        scale = let("scale", bits_to_float(load(activation, group + i32(8))))
-        if self.fmt.codes_per_word == 8:
-            pair = let("inputs", load(activation, group + slot * i32(2), 2))
-            inputs = [lane(pair, 0), lane(pair, 1)]
-            # The zero point leaves with the sum of the group, once.
-            start = let("start", T.Select(slot == i32(0), load(activation, group + i32(9)) * i32(-self.fmt.zero), i32(0)))
-        else:
-            inputs = [let("inputs", load(activation, group + slot + i32(4 * i))) for i in range(2)]
-            start = i32(0)
-        for stream in range(self.streams):
-            at = let("at", first + i32(stream * words))
-            scales = _scales(self.fmt, slab, at, quad)
-            if self.fmt.codes_per_word == 8:
-                codes = let("codes", load(slab, at + slot * i32(TILE) + quad * i32(QUAD), 4))
-            else:
-                pairs = [let("codes", load(slab, at + (slot + i32(4 * i)) * i32(TILE) + quad * i32(QUAD), 4)) for i in range(2)]
+        fmt = self.fmt
+        place = let("safe_block", T.min(block, i32(self.blocks - 1))) if valid is not None else block
+        # All loads first, so that they are under way together.
+        weights = []
+        for s in range(self.streams):
+            at = let("at", base + (place * i32(self.streams) + i32(s)) * i32(fmt.words32))
+            codes = [let("codes", load(slab, at + i32(w * TILE) + quad * i32(QUAD), 4)) for w in range(GROUP // fmt.codes_per_word)]
+            weights.append((codes, _scale_words(fmt, slab, at, quad)))
+        group = let("group", row + place * i32(10))
+        pairs = [let("inputs", load(activation, group + i32(2 * i), 2)) for i in range(5)]
+        words = [lane(pair, i) for pair in pairs for i in range(2)]
+        inputs, scale = words[:8], bits_to_float(words[8])
+        if valid is not None:
+            scale = kept("scale", T.Select(valid, scale, f32(0.0)))
+        start = kept("start", _lower_sum(inputs) * i32(-fmt.zero)) if fmt.codes_per_word == 8 else i32(0)
+        for sums, (codes, scale_words) in zip(acc, weights, strict=True):
             for o in range(QUAD):
-                if self.fmt.codes_per_word == 8:
-                    word = lane(codes, o)
-                    total = start + dot4(word & i32(_NIBBLES), inputs[0]) + dot4((word >> i32(4)) & i32(_NIBBLES), inputs[1])
-                else:
-                    total = dot4(lane(pairs[0], o) ^ i32(_SIGNS), inputs[0]) + dot4(lane(pairs[1], o) ^ i32(_SIGNS), inputs[1])
-                store(acc[stream], o, load(acc[stream], o) + T.Cast("float32", total) * (scales[o] * scale))
+                total = _block_sum(fmt, [lane(vector, o) for vector in codes], inputs, start)
+                weight_scale = lane(halves(lane(scale_words, o // 2)), o % 2)
+                store(sums, o, load(sums, o) + T.Cast("float32", total) * (weight_scale * scale))
+
+    def _float_block(
+        self,
+        acc: Sequence[Buffer],
+        slab: Buffer,
+        base: Expr,
+        activation: Buffer,
+        row: Expr,
+        block: Expr,
+        _valid: Expr | None,
+        slot: Expr,
+        quad: Expr,
+    ) -> None:
+        x = let("inputs_at", row + block * i32(GROUP) + slot * i32(8))
+        values = [let("inputs", load(activation, x + i32(4 * i), 4)) for i in range(2)]
+        for stream, sums in enumerate(acc):
+            at = base + (block * i32(self.streams) + i32(stream)) * i32(self.fmt.words32)
+            for k in range(8):
+                weights = _float_weights(self.fmt, slab, at, slot * i32(8) + i32(k), quad)
+                for o in range(QUAD):
+                    store(sums, o, load(sums, o) + weights[o] * lane(values[k // 4], k % 4))
 
     def _sum(self, acc: Sequence[Buffer], x: Expr, y: Expr, slot: Expr, quad: Expr) -> list[Expr]:
         """Adds slices and thread rows in a fixed order."""
-        shuffles = self.profile.shuffles
-        parts = 1 if shuffles else SLICES
+        parts = 1 if self.profile.shuffles else SLICES
         memory = [shared(f"partial_{s}", parts * self.rows * TILE) for s in range(self.streams)]
         for buffer, partial in zip(acc, memory, strict=True):
-            # Stored back, since TIR would move a bound value into the branch below, where a shuffle's other lanes are missing.
-            for mask in (1, 2) if shuffles else ():
-                for o in range(QUAD):
-                    value = load(buffer, o)
-                    store(buffer, o, value + T.call_pure_extern("float32", "shuffle_xor", value, i32(mask)))
-            with when(slot == i32(0) if shuffles else None):
-                place = let("place", (y * i32(parts) + (i32(0) if shuffles else slot)) * i32(TILE) + quad * i32(QUAD))
-                for o in range(QUAD):
-                    store(partial, place + i32(o), load(buffer, o))
+            if parts == 1:
+                _gather_quad(buffer, slot)
+                store(partial, y * i32(TILE) + x, load(buffer, 0))
+                continue
+            place = let("place", (y * i32(parts) + slot) * i32(TILE) + quad * i32(QUAD))
+            for o in range(QUAD):
+                store(partial, place + i32(o), load(buffer, o))
         barrier()
-        if not shuffles:
+        if parts > 1:
             for partial in memory:
                 column = let("column", y * i32(SLICES * TILE) + x)
                 total = load(partial, column)
@@ -187,6 +209,45 @@ class Gemv:
         return sums
 
 
+def _gather_quad(sums: Buffer, slot: Expr) -> None:
+    """Four neighbouring threads hold partial sums of the same four outputs: leaves output `slot`'s sum in sums[0]."""
+    values = [load(sums, o) for o in range(QUAD)]
+    odd, high = let("odd", (slot & i32(1)) == i32(1)), let("high", slot >= i32(2))
+    # Stored before they are used again, since TIR would move a bound value into a branch, where a shuffle's other threads are missing.
+    kept_pair = [let("kept_sum", T.Select(odd, values[i + 1], values[i])) for i in (0, 2)]
+    given = [let("given_sum", T.Select(odd, values[i], values[i + 1])) for i in (0, 2)]
+    pair = [let("pair_sum", kept_pair[i] + extern("float32", "shuffle_xor", given[i], i32(1))) for i in range(2)]
+    for i in range(2):
+        store(sums, i, pair[i])
+    low, up = load(sums, 0), load(sums, 1)
+    last = let("last_sum", T.Select(high, up, low) + extern("float32", "shuffle_xor", T.Select(high, low, up), i32(2)))
+    store(sums, 0, last)
+
+
+def _lower_sum(inputs: Sequence[Expr]) -> Expr:
+    """Sum of the inputs that the lower codes of q4's words meet."""
+    total = dot4(inputs[0], i32(_ONES))
+    for word in inputs[2::2]:
+        total = total + dot4(word, i32(_ONES))
+    return total
+
+
+def _block_sum(fmt: Format, words: Sequence[Expr], inputs: Sequence[Expr], start: Expr) -> Expr:
+    """Exact sum over a block's 32 inputs of code minus zero point times input; `start` is -8 times `_lower_sum` for q4."""
+    if fmt.codes_per_word != 8:
+        total = dot4(words[0] ^ i32(_SIGNS), inputs[0])
+        for word, value in zip(words[1:], inputs[1:], strict=True):
+            total = total + dot4(word ^ i32(_SIGNS), value)
+        return total
+    # The upper codes stay where they are: with its top bit turned, such a byte is sixteen times code - 8.
+    lower, upper = start, None
+    for w, word in enumerate(words):
+        lower = lower + dot4(word & i32(_NIBBLES), inputs[2 * w])
+        part = dot4((word & i32(-_NIBBLES - 1)) ^ i32(_SIGNS), inputs[2 * w + 1])
+        upper = part if upper is None else upper + part
+    return lower + (upper >> i32(4))
+
+
 def _float_weights(fmt: Format, slab: Buffer, block: Expr, k: Expr, quad: Expr) -> list[Expr]:
     """Weights of input k of a block for the four outputs of a thread."""
     if fmt.name == "f32":
@@ -197,8 +258,12 @@ def _float_weights(fmt: Format, slab: Buffer, block: Expr, k: Expr, quad: Expr) 
     return [lane(pairs[o // 2], o % 2) for o in range(QUAD)]
 
 
+def _scale_words(fmt: Format, slab: Buffer, block: Expr, quad: Expr) -> Expr:
+    return let("scale_words", load(slab, block + i32(GROUP // fmt.codes_per_word * TILE) + quad * i32(QUAD // 2), 2))
+
+
 def _scales(fmt: Format, slab: Buffer, block: Expr, quad: Expr) -> list[Expr]:
-    words = let("scale_words", load(slab, block + i32(GROUP // fmt.codes_per_word * TILE) + quad * i32(QUAD // 2), 2))
+    words = _scale_words(fmt, slab, block, quad)
     pairs = [let("scales", halves(lane(words, i))) for i in range(2)]
     return [lane(pairs[o // 2], o % 2) for o in range(QUAD)]
 

@@ -15,9 +15,9 @@ class Profile:
     min_thread_rows: int  # rows of 32 threads that share the inputs of a tile in decode …
     thread_rows: int  # … and where a matrix has so few tiles that its threads stay below the next number
     threads_at_once: int  # that fill the device
-    unroll: int  # input blocks whose loads a thread has in flight
     row_threads: int  # of kernels that handle one row of activations
     attention_threads: int
+    attention_splits: int  # parts that the positions of one row are cut into in decode
     attention_rows: int  # queries that share one pass over keys and values in prefill
 
     @property

@@ -12,11 +12,11 @@ PROFILES = {
     profile.name: profile
     for profile in (
         # What every Vulkan 1.1 and OpenCL 1.2 device has.
-        Profile("generic", frozenset(), 16384, 4, 4, 8192, unroll=2, row_threads=64, attention_threads=64, attention_rows=4),
+        Profile("generic", frozenset(), 16384, 4, 4, 8192, row_threads=64, attention_threads=64, attention_splits=4, attention_rows=4),
         # Waves of 64 or 128: two or four thread rows each.
-        Profile("adreno", _PHONE, 32768, 4, 8, 16384, unroll=2, row_threads=128, attention_threads=128, attention_rows=4),
+        Profile("adreno", _PHONE, 32768, 4, 8, 16384, row_threads=128, attention_threads=128, attention_splits=4, attention_rows=4),
         # Waves of 16, few registers: small workgroups.
-        Profile("mali", _PHONE, 32768, 4, 4, 8192, unroll=2, row_threads=64, attention_threads=64, attention_rows=4),
-        Profile("desktop", _PHONE, 32768, 8, 16, 131072, unroll=4, row_threads=256, attention_threads=256, attention_rows=8),
+        Profile("mali", _PHONE, 32768, 4, 4, 8192, row_threads=64, attention_threads=64, attention_splits=4, attention_rows=4),
+        Profile("desktop", _PHONE, 32768, 8, 32, 131072, row_threads=256, attention_threads=256, attention_splits=16, attention_rows=8),
     )
 }
