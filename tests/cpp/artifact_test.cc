@@ -190,12 +190,16 @@ TEST_CASE("targets: the fullest that runs here, else what is missing") {
   add("avx2", "cpu", "x86_64", {"avx2", "fma"});
   add("vnni", "cpu", "x86_64", {"avx2", "fma", "avx512vnni"});
   add("arm", "cpu", "aarch64", {"dotprod"});
+  add("arm i8mm", "cpu", "aarch64", {"dotprod", "i8mm"});
   add("gpu", "vulkan", "x86_64", {});
   CHECK(pick_cpu_target(manifest, "m", CpuFacts{"x86_64", {"avx2", "fma"}}).name == "avx2");
   CHECK(pick_cpu_target(manifest, "m", CpuFacts{"x86_64", {"avx2", "fma", "avx512vnni"}}).name == "vnni");
   CHECK(pick_cpu_target(manifest, "m", CpuFacts{"x86_64", {}}).name == "base");
-  expect_error([&] { pick_cpu_target(manifest, "m", CpuFacts{"aarch64", {"neon"}}); },
-               {"m: ", "arm needs dotprod", "base needs an x86_64 CPU", "compile the model"});
+  CHECK(pick_cpu_target(manifest, "m", CpuFacts{"aarch64", {"neon", "dotprod"}}).name == "arm");
+  CHECK(pick_cpu_target(manifest, "m", CpuFacts{"aarch64", {"neon", "dotprod", "i8mm"}}).name == "arm i8mm");
+  expect_error(
+      [&] { pick_cpu_target(manifest, "m", CpuFacts{"aarch64", {"neon"}}); },
+      {"m: ", "arm needs dotprod", "arm i8mm needs dotprod, i8mm", "base needs an x86_64 CPU", "compile the model"});
 }
 
 TEST_CASE("artifact directories, valid and damaged") {

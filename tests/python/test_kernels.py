@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,21 +36,29 @@ def call(function: Any, *args: Any) -> None:
     function(*(tvm_ffi.from_dlpack(a) if isinstance(a, np.ndarray) else a for a in args))
 
 
-@pytest.fixture(scope="module", params=RUNNABLE, ids=lambda t: t.name)
-def built(request: pytest.FixtureRequest) -> Any:
-    target = request.param
+def kernel_functions(
+    target: targets.CpuTarget, formats: Sequence[str] = FORMATS, experts: dict[str, ExpertShape] = EXPERTS, embeddings: bool = True
+) -> dict[str, Any]:
+    """The kernels of `formats` and `experts` by name."""
     functions = {"quantise": activation.quantise("quantise", None, HIDDEN)}
-    for fmt in FORMATS:
+    for fmt in formats:
         functions[f"linear_{fmt}"] = linear.linear(
             f"linear_{fmt}", target.simd, LinearShape(fmt, HIDDEN, OUTPUTS, bias=True, residual=True)
         )
-        functions[f"embedding_{fmt}"] = linear.embedding(f"embedding_{fmt}", fmt, OUTPUTS, HIDDEN, None)
-    for kind, shape in EXPERTS.items():
+        if embeddings:
+            functions[f"embedding_{fmt}"] = linear.embedding(f"embedding_{fmt}", fmt, OUTPUTS, HIDDEN, None)
+    for kind, shape in experts.items():
         for phase in ("prefill", "decode"):
             for part, emit in (("gate_up", expert.gate_up), ("down", expert.down)):
                 name = f"{part}_{kind}_{phase}"
                 functions[name] = emit(name, target.simd, shape, phase == "decode")
-    return tvm.compile(tvm.IRModule(functions), target=target.tvm_target())
+    return functions
+
+
+@pytest.fixture(scope="module", params=RUNNABLE, ids=lambda t: t.name)
+def built(request: pytest.FixtureRequest) -> Any:
+    target = request.param
+    return tvm.compile(tvm.IRModule(kernel_functions(target)), target=target.tvm_target())
 
 
 def activations(built: Any, fmt: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
 from cfmoe.artifact import Artifact
 from cfmoe.compile import compile_model
@@ -19,8 +21,8 @@ from engine_process import EngineProcess
 from support import ROOT, load_alignments
 
 QEMU = shutil.which("qemu-aarch64-static")
-# qemu's "max" has dot products; the first ARMv8 cores have none.
-CPUS = ("max", "cortex-a53")
+# What qemu plays, and the target that such a CPU takes.
+CPUS = {"max": "aarch64-i8mm", "cortex-a76": "aarch64-dotprod", "cortex-a53": "aarch64"}
 PROMPTS = (
     "The proposal adds",
     "def read_file(path):",
@@ -34,15 +36,13 @@ PROMPTS = (
     "The number of",
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(QEMU is None, reason="qemu-aarch64-static is missing: make android-tools"),
-    pytest.mark.skipif(bool(native.missing()), reason=f"missing: {native.missing()}"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
 def builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert QEMU is not None, "qemu-aarch64-static is missing: make android-tools"
+    assert not native.missing()
     monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
 
 
@@ -67,6 +67,19 @@ def test_kernels_are_named_alike_by_compile_and_package(program: Path, artifact:
     """Whoever compiles the same shapes, and when, gets kernels of the same name: the engine of one package runs them all."""
     targets = json.loads((artifact / "manifest.json").read_text())["targets"]
     assert {k.entry["kernel_set"] for k in phone_kernels(Artifact.open(artifact))} == {targets[name]["kernel_set"] for name in ARM64}
+
+
+def test_logits_are_those_of_x86_64_on_the_target_that_each_cpu_can_take(program: Path, artifact: Path) -> None:
+    prompt, new = 100, 8
+    with Engine(artifact) as engine, engine.session() as session:
+        vocabulary = engine.model.vocab_size
+        tokens = [(31 * i + 7) % vocabulary for i in range(prompt + new)]
+        fed = {"prefill": session.feed(tokens[:prompt]), "decode": session.feed(tokens[prompt:], decode=True)}
+    expected = {phase: xxhash.xxh3_64_hexdigest(np.ascontiguousarray(logits, np.float32).tobytes()) for phase, logits in fed.items()}
+    for cpu, target in CPUS.items():
+        command = [str(QEMU), "-cpu", cpu, program, "logits", artifact, "--prompt-tokens", str(prompt), "--new-tokens", str(new)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == {"target": target} | expected
 
 
 @pytest.mark.parametrize("cpu", CPUS)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cfmoe.compile.further_target import FurtherTarget
 
 # The engine takes the best that the CPU has, when it opens the model.
-ARM64 = ("aarch64-dotprod", "aarch64")
+ARM64 = ("aarch64-i8mm", "aarch64-dotprod", "aarch64")
 
 
 def phone_kernels(artifact: Artifact, triple: str | None = None, progress: Progress | None = None) -> list[FurtherTarget]:

@@ -48,6 +48,9 @@ CPU_TARGETS = (
     CpuTarget("x86_64-avx512vnni", "x86_64", "x86-64-v4", ("+avx512vnni",), _AVX512, Simd(16, "vnni")),
     CpuTarget("x86_64-avx2", "x86_64", "x86-64-v3", (), ("avx2", "fma", "f16c"), Simd(8, "madd")),
     CpuTarget("x86_64", "x86_64", "x86-64", (), (), Simd(4, "none", fused=False)),
+    CpuTarget(
+        "aarch64-i8mm", "aarch64", "generic", ("+neon", "+dotprod", "+i8mm"), ("neon", "dotprod", "i8mm"), Simd(4, "usdot", matrix=True)
+    ),
     CpuTarget("aarch64-dotprod", "aarch64", "generic", ("+neon", "+dotprod"), ("neon", "dotprod"), Simd(4, "sdot")),
     CpuTarget("aarch64", "aarch64", "generic", ("+neon",), ("neon",), Simd(4, "none")),
 )

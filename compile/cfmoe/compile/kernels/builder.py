@@ -77,6 +77,11 @@ def splat(value: Expr, lanes: int) -> Expr:
     return T.broadcast(value, lanes) if lanes > 1 else value
 
 
+def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+    """The elements that `lanes` number, counted through `vectors` from the first to the last."""
+    return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
+
+
 def load(buffer: Buffer, *index: Expr, lanes: int) -> Expr:
     """`lanes` consecutive elements along the last dimension."""
     return buffer[(*index[:-1], T.ramp(index[-1], 1, lanes))]

@@ -33,7 +33,7 @@ from cfmoe.compile.kernels.builder import (
     tensor,
 )
 from cfmoe.compile.kernels.linear import for_row_blocks
-from cfmoe.compile.kernels.matmul import FORMATS, accumulate, packed_size
+from cfmoe.compile.kernels.matmul import FORMATS, accumulate, packed_size, row_blocks
 from cfmoe.compile.kernels.simd import Simd
 
 
@@ -106,7 +106,7 @@ def gate_up(name: str, simd: Simd, shape: ExpertShape, decode: bool) -> tirx.Pri
                 for place, gate, up in zip(places, gates, ups, strict=True):
                     _finish([gate, up], slab, biases, scratch, place, tile)
 
-            for_row_blocks(m, 1 if decode else None, emit)
+            for_row_blocks(m, 1 if decode else None, row_blocks(simd, fmt), emit)
 
     def _finish(pair: Sequence[Buffer], slab: Buffer, biases: Expr | None, scratch: Buffer, place: Expr, tile: Expr) -> None:
         gate, up = (load(part, i64(0), lanes=TILE) for part in pair)
@@ -153,6 +153,6 @@ def down(name: str, simd: Simd, shape: ExpertShape, decode: bool) -> tirx.PrimFu
                             value = value + _bias(slab, biases + i64(at), simd.lanes)
                         store(out, value, row, tile * i64(TILE) + i64(at), lanes=simd.lanes)
 
-            for_row_blocks(m, 1 if decode else None, emit)
+            for_row_blocks(m, 1 if decode else None, row_blocks(simd, fmt), emit)
 
     return build(name, {}, body)

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, build, i64, let, load, loop, store, symbol, tensor
-from cfmoe.compile.kernels.matmul import FORMATS, ROW_BLOCK, Format, accumulate, packed_size, padded
+from cfmoe.compile.kernels.matmul import FORMATS, Format, accumulate, packed_size, padded, row_blocks
 from cfmoe.compile.kernels.simd import Simd
 
 # Below this many weight bytes one row is done sooner than a parallel region is worth: a thread that the system has taken off its CPU
@@ -17,16 +17,17 @@ from cfmoe.compile.kernels.simd import Simd
 MIN_PARALLEL_BYTES = 256 * 1024
 
 
-def for_row_blocks(rows: Expr, static_rows: int | None, emit: Callable[[Sequence[Expr]], None]) -> None:
-    """Calls `emit` for blocks of ROW_BLOCK rows, then for single rows."""
-    if static_rows is not None and static_rows < ROW_BLOCK:
+def for_row_blocks(rows: Expr, static_rows: int | None, blocks: Sequence[int], emit: Callable[[Sequence[Expr]], None]) -> None:
+    """Calls `emit` for as many blocks of blocks[0] rows as there are, for what is left of blocks[1] rows, and so on to single rows."""
+    if static_rows is not None and static_rows < blocks[0]:
         for row in range(static_rows):
             emit([i64(row)])
         return
-    with T.serial(i64(0), T.floordiv(rows, i64(ROW_BLOCK))) as block:
-        emit([let(block * i64(ROW_BLOCK) + i64(r)) for r in range(ROW_BLOCK)])
-    with T.serial(i64(0), T.floormod(rows, i64(ROW_BLOCK))) as rest:
-        emit([let(T.floordiv(rows, i64(ROW_BLOCK)) * i64(ROW_BLOCK) + rest)])
+    done, left = i64(0), rows
+    for size in blocks:
+        with T.serial(i64(0), T.floordiv(left, i64(size))) as block:
+            emit([let(done + block * i64(size) + i64(r)) for r in range(size)])
+        done, left = T.floordiv(rows, i64(size)) * i64(size), T.floormod(left, i64(size))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def linear(name: str, simd: Simd, shape: LinearShape) -> tirx.PrimFunc:
                     for at in range(whole, columns):
                         write(buffer, row, tile * i64(TILE) + i64(at), i64(at), 1)
 
-            for_row_blocks(n, shape.rows, emit)
+            for_row_blocks(n, shape.rows, row_blocks(simd, fmt), emit)
 
         with loop(outputs // TILE, parallel=parallel) as tile:
             tile_body(tile, TILE)

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32, fma, i64, let, load, local, loop, splat, store
+from cfmoe.compile.kernels.builder import GROUP, TILE, Buffer, Expr, f32, fma, i64, let, load, local, loop, shuffle, splat, store
 from cfmoe.compile.kernels.simd import Simd
-
-ROW_BLOCK = 4  # rows that share one pass over a tile: as many accumulators as 32 vector registers hold
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,11 @@ FORMATS = {
     "f16": Format("f16", "float16", GROUP * TILE, GROUP * TILE // 2),
     "f32": Format("f32", "float32", GROUP * TILE, GROUP * TILE),
 }
+
+
+def row_blocks(simd: Simd, fmt: Format) -> tuple[int, ...]:
+    """How many rows share one pass over a tile, the most first: as many as 32 vector registers hold."""
+    return (8, 4, 2, 1) if simd.matrix and fmt.quantised else (4, 1)
 
 
 def padded(outputs: int) -> int:
@@ -102,6 +105,55 @@ def _quantised_block(
             emit(let(part * i64(lanes)))
 
 
+def _matrix_block(
+    simd: Simd, fmt: Format, weights: Buffer, block: Expr, activation: Buffer, rows: Sequence[Expr], group: Expr, acc: Sequence[Buffer]
+) -> None:
+    """`acc` has a buffer for two rows each: output after output, in each the one row and the other."""
+    code_words = GROUP // fmt.codes_per_word
+    at = let(group * i64(10))
+    eights, scales, starts = [], [], []
+    for pair in zip(rows[::2], rows[1::2], strict=True):
+        halves = [[let(load(activation, row, at + i64(word), lanes=4)) for row in pair] for word in (0, 4)]
+        eights.append([let(shuffle(both, lanes)) for both in halves for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))])
+        facts = [let(load(activation, row, at + i64(8), lanes=2)) for row in pair]
+        scales.append(let(T.reinterpret("float32x4", shuffle(facts, (0, 2, 0, 2)))))
+        starts.append(let(shuffle(facts, (1, 3, 1, 3)) * splat(tirx.IntImm("int32", -fmt.zero), 4)))
+    with loop(TILE // 4) as part:
+        first = let(part * i64(4))
+        sums = [[start, start] for start in starts]
+        for eight in range(4):
+            word = block + i64(eight * (code_words // 4) * TILE) + first
+            low = let(load(weights, word, lanes=4))
+            if fmt.codes_per_word == 8:
+                high = let(T.reinterpret("int32x4", T.reinterpret("uint8x16", low) >> splat(tirx.IntImm("uint8", 4), 16)))
+                low = let(low & splat(tirx.IntImm("int32", 0x0F0F0F0F), 4))
+            else:
+                high = let(load(weights, word + i64(TILE), lanes=4))
+            for two, lanes in enumerate(((0, 4, 1, 5), (2, 6, 3, 7))):
+                codes = let(shuffle([low, high], lanes))
+                for number, words in enumerate(eights):
+                    sums[number][two] = simd.matrix8(sums[number][two], codes, words[eight])
+        half_words = load(weights, block + i64(code_words * TILE) + T.floordiv(first, i64(2)), lanes=2)
+        weight_scale = let(T.Cast("float32x4", T.reinterpret("float16x4", half_words)))
+        for two, lanes in enumerate(((0, 0, 1, 1), (2, 2, 3, 3))):
+            scale_of_two = let(shuffle([weight_scale], lanes))
+            place = let(first * i64(2) + i64(two * 4))
+            for number, scale in enumerate(scales):
+                total = T.Cast("float32x4", sums[number][two])
+                store(acc[number], fma(total, scale_of_two * scale, load(acc[number], place, lanes=4), 4), place, lanes=4)
+
+
+def _rows_of(pairs: Sequence[Buffer]) -> list[Buffer]:
+    """What `_matrix_block` has summed, a buffer for each row."""
+    rows = [local(TILE) for _ in range(2 * len(pairs))]
+    with loop(TILE // 4) as part:
+        for number, pair in enumerate(pairs):
+            both = [let(load(pair, part * i64(8) + i64(two * 4), lanes=4)) for two in range(2)]
+            for row in range(2):
+                store(rows[2 * number + row], shuffle(both, (row, 2 + row, 4 + row, 6 + row)), part * i64(4), lanes=4)
+    return rows
+
+
 def _float_block(
     simd: Simd, weights: Buffer, block: Expr, activation: Buffer, rows: Sequence[Expr], group: Expr, acc: Sequence[Buffer]
 ) -> None:
@@ -127,16 +179,20 @@ def accumulate(
 ) -> list[list[Buffer]]:
     """Emits acc[stream][row] = activation[row] @ tile; returns the accumulators, 32 fp32 values each."""
     lanes = simd.lanes
-    acc = [[local(TILE) for _ in rows] for _ in range(streams)]
+    matrix = simd.matrix and fmt.quantised and len(rows) > 1
+    buffers, width = (len(rows) // 2, 2 * TILE) if matrix else (len(rows), TILE)
+    acc = [[local(width) for _ in range(buffers)] for _ in range(streams)]
     for per_stream in acc:
         for buffer in per_stream:
-            for part in range(TILE // lanes):
+            for part in range(width // lanes):
                 store(buffer, splat(f32(0.0), lanes), i64(part * lanes), lanes=lanes)
     with loop(inputs // GROUP) as group:
         for stream in range(streams):
             block = let(base + (group * i64(streams) + i64(stream)) * i64(fmt.words))
-            if fmt.quantised:
+            if matrix:
+                _matrix_block(simd, fmt, weights, block, activation, rows, group, acc[stream])
+            elif fmt.quantised:
                 _quantised_block(simd, fmt, weights, block, activation, rows, group, acc[stream])
             else:
                 _float_block(simd, weights, block, activation, rows, group, acc[stream])
-    return acc
+    return [_rows_of(pairs) for pairs in acc] if matrix else acc

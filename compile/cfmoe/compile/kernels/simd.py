@@ -16,14 +16,15 @@ def _int(value: int) -> Expr:
 
 @dataclass(frozen=True)
 class Simd:
-    """Vector unit of a CPU target. `dot` names the instruction behind `dot4`: vnni, madd, sdot or none.
+    """Vector unit of a CPU target. `dot` names the instruction behind `dot4`: vnni, madd, sdot, usdot or none.
 
-    `fused`: whether the CPU multiplies and adds fp32 numbers in one instruction.
+    `fused`: whether the CPU multiplies and adds fp32 numbers in one instruction. `matrix`: whether it has that of `matrix8`.
     """
 
     lanes: int
     dot: str
     fused: bool = True
+    matrix: bool = False
 
     @property
     def unrolls(self) -> bool:
@@ -50,6 +51,8 @@ class Simd:
                     T.reinterpret(self._vector("int8", 4), splat(word, self.lanes)),
                 )
             )
+        if self.dot == "usdot":
+            return self._neon("usdot", acc, codes, splat(word, self.lanes))
         if self.dot == "madd":
             return self._dot4_madd(acc, codes, word)
         return self._dot4_generic(acc, codes, word)
@@ -82,12 +85,19 @@ class Simd:
     def dot4_signed(self, acc: Expr, codes: Expr, word: Expr) -> Expr:
         """The same with signed bytes in `codes`; only where `dot` is sdot."""
         assert self.dot == "sdot"
-        return let(
-            intrinsic(
-                "int32x4",
-                "llvm.aarch64.neon.sdot.v4i32.v16i8",
-                acc,
-                T.reinterpret("int8x16", codes),
-                T.reinterpret("int8x16", splat(word, self.lanes)),
-            )
-        )
+        return self._neon("sdot", acc, codes, splat(word, self.lanes))
+
+    def matrix8(
+        self,
+        acc: Expr,  # int32x4: sums of (output 0, row 0), (0, 1), (1, 0), (1, 1)
+        codes: Expr,  # int32x4: eight unsigned codes of output 0, then of output 1
+        words: Expr,  # int32x4: eight int8 activations of row 0, then of row 1
+    ) -> Expr:
+        """acc + the products of 2 outputs and 2 rows, 8 deep, exact; only where `matrix`."""
+        assert self.matrix
+        return self._neon("usmmla", acc, codes, words)
+
+    @staticmethod
+    def _neon(name: str, acc: Expr, codes: Expr, words: Expr) -> Expr:
+        arguments = (T.reinterpret("int8x16", vector) for vector in (codes, words))
+        return let(intrinsic("int32x4", f"llvm.aarch64.neon.{name}.v4i32.v16i8", acc, *arguments))
