@@ -30,7 +30,8 @@ class Object:
 
 
 def objects(archive: Path) -> list[Object]:
-    """The objects of a BSD archive. Fails where it, or one of them, is none for 64-bit ARM."""
+    """The objects of a BSD archive. Fails where it has no table of contents, or one of them is none for 64-bit ARM."""
+    assert archive.read_bytes()[68:].startswith(b"__.SYMDEF"), f"{archive} has no table of contents"
     return [_read(name, body) for name, body in _members(archive.read_bytes())]
 
 
@@ -65,6 +66,7 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
             length = int(name[3:])
             name, body = body[:length].rstrip(b"\0").decode(), body[length:]
         if not name.startswith("__.SYMDEF"):
+            assert (at + 60 + size - len(body)) % 8 == 0, f"{name} is not where Apple's linker takes it"
             yield name, body
         at += 60 + size + size % 2
 

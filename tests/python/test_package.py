@@ -41,23 +41,25 @@ def _nothing_left(directory: Path, *expected: str) -> None:
     assert sorted(path.name for path in directory.iterdir()) == sorted(expected)
 
 
-def test_a_damaged_artifact_is_refused(demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("platform", packager.PLATFORMS)
+def test_a_damaged_artifact_is_refused(platform: str, demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packager, "_check_tools", lambda platform: None)
     broken = _copy(demo_artifact, tmp_path / "broken")
     data = bytearray((broken / "weights.bin").read_bytes())
     data[1000] ^= 1
     (broken / "weights.bin").write_bytes(data)
     with pytest.raises(CFMoEError, match=r"weights\.bin is damaged: .*copy the artifact again"):
-        packager.package(broken, "android", tmp_path / "out")
+        packager.package(broken, platform, tmp_path / "out")
     _nothing_left(tmp_path, "broken")
 
 
-def test_too_little_space_is_refused(demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("platform", packager.PLATFORMS)
+def test_too_little_space_is_refused(platform: str, demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packager, "_check_tools", lambda platform: None)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(packager.shutil, "disk_usage", lambda _place: usage._replace(free=1 << 20))
     with pytest.raises(CFMoEError, match=r"has 1 MiB free.* takes \d+ MiB; free some space"):
-        packager.package(demo_artifact, "android", tmp_path / "out")
+        packager.package(demo_artifact, platform, tmp_path / "out")
     _nothing_left(tmp_path)
 
 
@@ -254,7 +256,7 @@ def test_the_engine_in_the_apk_gives_the_tokens_of_x86_64(tools: None, demo_arti
     facts = json.loads(done.stdout)
     apk = Path(facts["product"])
     assert sorted(path.name for path in out.iterdir()) == sorted([apk.name, "package.json"])
-    assert facts["targets"] == ["aarch64-dotprod", "aarch64"] and "ANDROID_NDK_HOME" in facts["notes"][0]
+    assert facts["targets"] == ["aarch64-i8mm", "aarch64-dotprod", "aarch64"] and "ANDROID_NDK_HOME" in facts["notes"][0]
 
     signature = subprocess.run(["apksigner", "verify", "-v", apk], capture_output=True, text=True, check=True).stdout
     assert "Verified using v2 scheme (APK Signature Scheme v2): true" in signature

@@ -88,6 +88,23 @@ def test_the_project_has_all_that_it_refers_to(demo_artifact: Path, archives: di
     assert _digests(out) == before
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("short")
+def test_kernels_for_metal_go_along(demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:
+    from cfmoe.compile import compile_model
+
+    metal = Artifact.open(compile_model(demo_model, tmp_path / "metal", targets=["metal"]))
+    made = packager.package(metal.path, "ios", tmp_path / "out")
+    (model,) = (made.product.parent / "Model").iterdir()
+    packed = Artifact.open(model)
+    assert packed.verify() > 0
+    assert set(packed.manifest.targets) == {"metal-generic", *Artifact.open(demo_artifact).manifest.targets}
+    target = packed.manifest.targets["metal-generic"]
+    assert target.device == "metal" and target.library.endswith("kernels.metal")
+    for name in (target.library, target.plan):
+        assert (model / name).read_bytes() == (metal.path / name).read_bytes()
+
+
 def _interrupt_at(stage: str, act: Callable[[], object]) -> Callable[[str, int, int], None]:
     def progress(at: str, done: int, _total: int) -> None:
         if at == stage and done > 0:
