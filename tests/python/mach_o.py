@@ -32,7 +32,7 @@ class Object:
 def objects(archive: Path) -> list[Object]:
     """The objects of a BSD archive. Fails where it has no table of contents, or one of them is none for 64-bit ARM."""
     assert archive.read_bytes()[68:].startswith(b"__.SYMDEF"), f"{archive} has no table of contents"
-    return [_read(name, body) for name, body in _members(archive.read_bytes())]
+    return [read_object(name, body) for name, body in _members(archive.read_bytes())]
 
 
 def write_small_archive(out: Path, target: str) -> Path:
@@ -71,7 +71,8 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
         at += 60 + size + size % 2
 
 
-def _read(name: str, data: bytes) -> Object:
+def read_object(name: str, data: bytes) -> Object:
+    """The object file `data`, called `name`. Fails where it is none for 64-bit ARM."""
     magic, cpu, _, kind, count = struct.unpack_from("<5I", data)
     assert (magic, cpu, kind) == (_MAGIC, _ARM64, _OBJECT), f"{name} is no 64-bit ARM Mach-O object"
     read = Object(name)

@@ -15,13 +15,13 @@ import ziglang
 from cfmoe.artifact import Artifact
 from cfmoe.package import native
 from cfmoe.package.kernels import phone_kernels
+from ios_symbols import STANDARD_LIBRARY, c_library, standard_library
 from mach_o import Object, objects, write_members
 from objective_cxx import compile_metal
 from support import ROOT
 
 PLATFORMS = {"ios-arm64": 2, "ios-arm64-simulator": 7}  # of LC_BUILD_VERSION
 ZIG = Path(ziglang.__file__).parent
-STANDARD_LIBRARY = ROOT / "tests" / "ios_symbols" / "libcxx.txt"
 # What the Metal device uses of Foundation, Metal, the runtime of Objective-C and clang's own library.
 _CLASSES = ("MTLCompileOptions", "MTLComputePipelineDescriptor", "NSArray", "NSProcessInfo", "NSString")
 _RUNTIME = ("alloc", "alloc_init", "autoreleasePoolPop", "autoreleasePoolPush", "autoreleaseReturnValue", "enumerationMutation", "msgSend")
@@ -46,18 +46,6 @@ def _archive(name: str, artifact: Path) -> tuple[Path, set[str]]:
     kernels = phone_kernels(Artifact.open(artifact), preset.triple)
     prefixes = [k.prefix for k in kernels]
     return native.build(preset, [k.object_file for k in kernels], prefixes), set(prefixes)
-
-
-def _c_library() -> set[str]:
-    """What Apple's C library exports, by the SDK's list that zig brings: macOS's, of which iOS has what is used here as well."""
-    text = (ZIG / "lib" / "libc" / "darwin" / "libSystem.tbd").read_text()
-    names = {name.strip().strip("'") for part in re.findall(r"symbols:\s+\[(.*?)\]", text, re.S) for name in part.split(",")}
-    assert {"_malloc", "_pthread_create", "_open"} <= names
-    return {name for name in names if re.fullmatch(r"[\w$.]+", name)}
-
-
-def _standard_library() -> set[str]:
-    return {line for line in STANDARD_LIBRARY.read_text().splitlines() if line and not line.startswith("#")}
 
 
 def _zig(*arguments: str) -> None:
@@ -124,7 +112,7 @@ def test_the_archive_is_for_its_platform_and_exports_the_c_api(name: str, demo_a
 
     wanted = {symbol for each in read for symbol in each.wanted} - {symbol for each in read for symbol in each.exported | each.private}
     # The last is the linker's own.
-    assert wanted - _c_library() - _standard_library() - {"___dso_handle"} == set(), (
+    assert wanted - c_library() - standard_library() - {"___dso_handle"} == set(), (
         f"see whether the libc++ of iOS 15 has these, and write them into {STANDARD_LIBRARY.relative_to(ROOT)}"
     )
 
@@ -137,8 +125,8 @@ def test_a_program_of_archive_and_metal_device_links(demo_artifact: Path, tmp_pa
     _zig("cc", *_C_FLAGS, "-c", str(ROOT / "runtime_ext" / "examples" / "complete.c"), "-o", str(main))
     parts.append(main)
     libraries = [
-        _stub(tmp_path, "apple_c", "/usr/lib/libSystem.B.dylib", _c_library()),
-        _stub(tmp_path, "apple_cxx", "/usr/lib/libc++.1.dylib", _standard_library()),
+        _stub(tmp_path, "apple_c", "/usr/lib/libSystem.B.dylib", c_library()),
+        _stub(tmp_path, "apple_cxx", "/usr/lib/libc++.1.dylib", standard_library()),
         _stub(tmp_path, "frameworks", "/frameworks", FRAMEWORKS),
     ]
     program = tmp_path / "program"

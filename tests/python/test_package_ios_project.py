@@ -11,6 +11,8 @@ import os
 import plistlib
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from cfmoe.compile.further_target import FurtherTarget
 from cfmoe.errors import CFMoEError
 from cfmoe.package import native, packager
 from cfmoe.runtime import Engine
-from mach_o import write_small_archive
+from ios_symbols import c_library, standard_library
+from mach_o import read_object, write_small_archive
+from support import ROOT
 from xcode_project import file_paths, settings_paths
 
 SLICES = {"ios-arm64": "arm64-apple-ios15.0", "ios-arm64-simulator": "arm64-apple-ios15.0-simulator"}
@@ -161,6 +165,25 @@ def test_a_disk_that_fills_leaves_nothing(part: str, demo_artifact: Path, tmp_pa
     with pytest.raises(CFMoEError, match=r"cannot write .*: no space left on device; free some space there or choose another place"):
         packager.package(demo_artifact, "ios", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_source_compiles_for_ios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset, from its flags to the object of one source: the platform, and nothing wanted that the oldest iOS lacks."""
+    for variable in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "zig"))
+    name = "CMakeFiles/cfmoe_core.dir/runtime_ext/src/tokenizer/byte_level_bpe.cc.obj"
+    cmake, ninja = str(native._tool("cmake")), str(native._tool("ninja"))
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure = [cmake, "--preset", "ios-arm64", "-B", str(tmp_path / "build"), *options]
+    for command in (configure, [ninja, "-C", str(tmp_path / "build"), name]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    made = read_object(name, (tmp_path / "build" / name).read_bytes())
+    assert (made.platform, made.version) == (2, 15 << 16)
+    assert not {section for section in made.sections if "DWARF" in section}
+    outside = {symbol for symbol in made.wanted if "cfmoe" not in symbol}
+    assert len(outside) > 20 and outside - c_library() - standard_library() - {"___dso_handle"} == set()
 
 
 def test_everything_that_is_missing_is_named_at_once(demo_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
