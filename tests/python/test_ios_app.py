@@ -77,6 +77,8 @@ def test_property_lists_and_assets() -> None:
     resources = APP / "CFMoE" / "Resources"
     info = plistlib.loads((resources / "Info.plist").read_bytes())
     assert info["CFBundleIdentifier"] == "$(PRODUCT_BUNDLE_IDENTIFIER)" and "UILaunchScreen" in info
+    # An iPad shows two apps side by side, which takes every orientation.
+    assert len(info["UISupportedInterfaceOrientations~ipad"]) == 4
     # The app asks for nothing of the user's, and reaches no network.
     assert not [name for name in info if name.endswith("UsageDescription") or name == "NSAppTransportSecurity"]
     entitlements = plistlib.loads((resources / "CFMoE.entitlements").read_bytes())
@@ -287,6 +289,7 @@ def swift_root() -> None:
 @pytest.mark.usefixtures("swift_root")
 def test_cfmoekit_with_the_real_engine(demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:
     from artifacts import write
+    from chat_artifact import write_chat_artifact, write_conversations
     from cfmoe.compile import compile_model
     from cfmoe.runtime import Engine, Tokenizer
     from engine_process import host_engine
@@ -298,6 +301,8 @@ def test_cfmoekit_with_the_real_engine(demo_artifact: Path, demo_model: Path, tm
     with Engine(demo_artifact) as engine, engine.session() as session:
         tokens = session.generate(Tokenizer(demo_artifact).encode(PROMPT), 64).token_ids
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
+    chat = write_chat_artifact(demo_artifact, demo_model, tmp_path / "chat")
+    conversations = write_conversations(tmp_path / "conversations.json")
     lengths = ["--prompt-tokens", "64", "--new-tokens", "32"]
     bench = [host_engine(), "bench", demo_artifact, "--memory-budget", "100%,25%", *lengths, "--json"]
     (tmp_path / "bench.json").write_bytes(subprocess.run(bench, check=True, capture_output=True, timeout=300).stdout)
@@ -305,6 +310,8 @@ def test_cfmoekit_with_the_real_engine(demo_artifact: Path, demo_model: Path, tm
         "test",
         [tmp_path, demo_artifact],
         CFMOE_ARTIFACT=demo_artifact,
+        CFMOE_CHAT_ARTIFACT=chat,
+        CFMOE_CONVERSATIONS=conversations,
         CFMOE_METAL_ARTIFACT=compile_model(demo_model, tmp_path / "metal", targets=["llvm", "metal"]),
         CFMOE_ARCHIVES=archives,
         CFMOE_EXPECTED_TOKENS=tmp_path / "tokens.json",
