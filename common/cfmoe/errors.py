@@ -35,5 +35,7 @@ _REMEDIES = {
 def os_error(error: OSError, path: Path | str, doing: str) -> CFMoEError:
     """The user's form of `error`, met while `doing` ("write", "read", …) `path`: one line with file, reason and remedy."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    remedy = _REMEDIES.get(error.errno or 0, "check the path and try again")
+    # numpy's writers give no number when a file system takes only a part.
+    other = "check the path and try again" if error.errno else "free some space there if it is full, and try again"
+    remedy = _REMEDIES.get(error.errno or 0, other)
     return CFMoEError(f"cannot {doing} {path}: {reason.lower()}; {remedy}")

@@ -51,7 +51,7 @@ def test_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is a file; give an artifact directory" in message(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    assert "cannot read" in message(tmp_path / "empty")
+    assert "no artifact, it has no manifest.json" in message(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.json", "weights.bin", "experts.bin", "lib/x/plan.json", "tokenizer.json"])

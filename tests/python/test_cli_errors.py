@@ -12,6 +12,8 @@ import pytest
 import artifacts
 from support import ROOT, Cli, error_line, load_script
 
+DEMO_MODEL = ROOT / "assets" / "demo-moe-13m"
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
@@ -34,11 +36,14 @@ from support import ROOT, Cli, error_line, load_script
         (["inspect", "nowhere"], "nowhere does not exist; give an artifact directory"),
         (["score", "nowhere", "--data", "x.txt"], "nowhere does not exist; give an artifact directory"),
         (["bench", "nowhere"], "nowhere does not exist; give an artifact directory"),
-        (["compile", "nowhere", "--out", "a"], "nowhere"),
+        (["inspect", "."], ". is no artifact, it has no manifest.json; give a directory that `cfmoe compile` wrote"),
+        (["run", DEMO_MODEL, "--prompt", "x"], "is no artifact, it has no manifest.json; it is a checkpoint: compile it"),
+        (["compile", "nowhere", "--out", "a"], "nowhere: is not a directory; give the directory of a Hugging Face checkpoint"),
+        (["compile", ".", "--out", "a"], ".: has no config.json; give the directory of a Hugging Face checkpoint"),
         (["compile", "nowhere", "--out", "a", "--quant", "q2"], "'q2' is not one of"),
     ],
 )
-def test_one_line(cli: Cli, arguments: list[str], expected: str) -> None:
+def test_one_line(cli: Cli, arguments: list[str | Path], expected: str) -> None:
     assert expected in error_line(cli(*arguments))
 
 

@@ -147,6 +147,10 @@ class Artifact:
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise CFMoEError(f"{path} {what}; give an artifact directory that `cfmoe compile` wrote")
+        if not (path / MANIFEST).exists():
+            checkpoint = (path / "config.json").exists()
+            remedy = "it is a checkpoint: compile it with `cfmoe compile`" if checkpoint else "give a directory that `cfmoe compile` wrote"
+            raise CFMoEError(f"{path} is no artifact, it has no {MANIFEST}; {remedy}")
         manifest = _parse_manifest(path / MANIFEST)
         for relative, entry in manifest.files.items():
             _check_size(path / relative, entry)

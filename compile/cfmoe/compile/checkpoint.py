@@ -32,14 +32,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+_REMEDY = "give the directory of a Hugging Face checkpoint (config.json and *.safetensors)"
+
+
 class Checkpoint:
     """`tensors` maps every tensor to its file. Shapes are checked when a tensor is read."""
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
-            raise CFMoEError(
-                f"{directory}: is not a directory; give the directory of a Hugging Face checkpoint (config.json and *.safetensors)"
-            )
+            raise CFMoEError(f"{directory}: is not a directory; {_REMEDY}")
+        if not (directory / "config.json").exists():
+            what = "is compiled already: an artifact" if (directory / "manifest.json").exists() else "has no config.json"
+            raise CFMoEError(f"{directory}: {what}; {_REMEDY}")
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self.tensors = self._locate()
@@ -54,8 +58,8 @@ class Checkpoint:
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
             pickled = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
-            raise CFMoEError(f"{self.directory}: holds no *.safetensors file{hint}")
+            remedy = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else _REMEDY
+            raise CFMoEError(f"{self.directory}: holds no *.safetensors file; {remedy}")
         return {name: file for file in files for name in self._names(file)}
 
     def _names(self, file: Path) -> list[str]:
