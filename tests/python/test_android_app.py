@@ -21,6 +21,7 @@ from cfmoe.package.android_stubs import write_stubs
 from cfmoe.package.android_tools import AndroidTools, find_tools
 from cfmoe.package.apk import build_apk
 from cfmoe.package.apk_archive import PAGE, check_alignment, check_native
+from chat_artifact import write_chat_artifact, write_conversations
 from engine_process import host_engine
 from support import ROOT
 
@@ -194,17 +195,22 @@ def test_wrong_call_fails_the_build(tools: AndroidTools, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_engine_client_and_app_on_the_jvm(tools: AndroidTools, demo_artifact: Path, tmp_path: Path) -> None:
+def test_engine_client_and_app_on_the_jvm(tools: AndroidTools, demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:
     """JUnit's tests in android_app/app/src/test, with the host's engine and the demo model; none may be left out."""
     classes = build_app(tools, APP).classes
     tests = tmp_path / "classes"
     libraries = [*LIBRARIES, tools.kotlin_stdlib, classes]
     class_path = ":".join(map(str, libraries))
     run_kotlin(tools, [APP / "app" / "src" / "test" / "kotlin"], class_path, tests, [f"-Xfriend-paths={classes}"])
+    chat = write_chat_artifact(demo_artifact, demo_model, tmp_path / "chat")
+    conversations = write_conversations(tmp_path / "conversations.json")
     facts = [f"-Dcfmoe.engine={host_engine()}", f"-Dcfmoe.artifact={demo_artifact}"]
+    facts += [f"-Dcfmoe.chat={chat}", f"-Dcfmoe.conversations={conversations}"]
     command = [tools.java, "-Xmx512m", *facts, "-cp", f"{class_path}:{tests}", "org.cfmoe.app.TestMainKt"]
     # Without this machine's GPU drivers: they take seconds to start, and one puts its own signal stack in the sanitizer's place.
-    environment = os.environ | {"VK_DRIVER_FILES": str(tmp_path), "OCL_ICD_VENDORS": str(tmp_path), "OCL_ICD_FILENAMES": ""}
+    (tmp_path / "drivers").mkdir()
+    none = str(tmp_path / "drivers")
+    environment = os.environ | {"VK_DRIVER_FILES": none, "OCL_ICD_VENDORS": none, "OCL_ICD_FILENAMES": ""}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=600)
     assert result.returncode == 0, result.stderr[-8000:]
     counts = json.loads(result.stdout)

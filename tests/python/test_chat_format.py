@@ -178,6 +178,7 @@ def test_what_is_found() -> None:
         ("{{ strftime_now('%H:%M') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "writes a time as '%H:%M'"),
         ("{{ strftime_now('%d') }}{{ strftime_now('%Y') }}", "dates in two forms, '%d' and '%Y'"),
         ("{{ 'x' * 20000 }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "more than 16384 characters"),
+        ("{% for m in messages %}\ue000{{ m.role }}{{ m.content }}{% endfor %}", "writes U+E000"),
         ("{{ raise_exception('not today') }}", "does not work: not today"),
         (
             "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.content|length > 100 %}!{% endif %}{% endfor %}",

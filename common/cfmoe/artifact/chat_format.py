@@ -11,8 +11,8 @@ from cfmoe.artifact.fields import Fields
 
 # What Python's str.strip takes away, which is what templates trim with; the apps have the same list.
 WHITESPACE = "".join(map(chr, (*range(9, 14), *range(28, 33), 133, 160, 5760, *range(8192, 8203), 8232, 8233, 8239, 8287, 12288)))
-# Stands in texts where the template writes today's date; a noncharacter, which no text holds.
-DATE_MARK = "\ufdd0"
+# Stands in texts where the template writes today's date; for private use, so that no template writes it itself.
+DATE_MARK = "\ue000"
 # The directives of strftime that a date format may have.
 DATE_DIRECTIVES = "YmdBbjA"
 MOST_TEXT = 16 << 10  # characters

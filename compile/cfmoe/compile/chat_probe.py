@@ -170,6 +170,8 @@ def _check_texts(found: ChatFormat, added_tokens: dict[str, int]) -> None:
         texts += [found.system.before, found.system.after, found.system.empty]
     if max(map(len, texts)) > MOST_TEXT:
         raise NoPlainConversation(f"the template writes more than {MOST_TEXT} characters around a message")
+    if not found.date_format and any(DATE_MARK in text for text in texts):
+        raise NoPlainConversation(f"the template writes U+{ord(DATE_MARK):04X}, which stands for dates here")
     if not (found.begin + found.reply + found.next).strip():
         raise NoPlainConversation("the template puts nothing around messages")
     # What is in a past answer's place from the beginning, and not in the new one's, is the model's to write.

@@ -5,14 +5,23 @@ import java.io.File
 import java.io.IOException
 import java.io.OutputStream
 import java.time.Instant
+import java.time.LocalDate
 import java.time.temporal.ChronoUnit
 import java.util.concurrent.Executor
 import java.util.concurrent.atomic.AtomicBoolean
+import kotlin.random.Random
 import org.cfmoe.app.benchmark.BenchmarkContext
 import org.cfmoe.app.benchmark.BenchmarkPlan
 import org.cfmoe.app.benchmark.BenchmarkRun
 import org.cfmoe.app.benchmark.benchmarkJson
+import org.cfmoe.app.chat.ChatFormat
+import org.cfmoe.app.chat.EngineContext
+import org.cfmoe.app.chat.GenerationSettings
+import org.cfmoe.app.chat.SettingField
+import org.cfmoe.app.chat.SettingsFile
+import org.cfmoe.app.chat.StopText
 import org.cfmoe.app.chat.Transcript
+import org.cfmoe.app.chat.turns
 import org.cfmoe.app.engine.Budget
 import org.cfmoe.app.engine.Engine
 import org.cfmoe.app.engine.EngineEnd
@@ -39,12 +48,12 @@ import org.cfmoe.app.state.Ending
 import org.cfmoe.app.state.EngineState
 import org.cfmoe.app.state.ImportState
 import org.cfmoe.app.state.MainThread
-import org.cfmoe.app.state.Message
 import org.cfmoe.app.state.Notice
 import org.cfmoe.app.state.Screen
 import org.cfmoe.app.state.Store
 import org.cfmoe.app.state.isBusy
 import org.cfmoe.app.state.modelOrNull
+import org.cfmoe.app.state.settingsOf
 
 /** A model inside the app: its manifest, and where its files come from. */
 data class BundledModel(val manifest: ByteArray, val source: ArtifactSource)
@@ -58,6 +67,7 @@ class AppController(
     private val library: ModelLibrary,
     private val bundled: () -> List<BundledModel>,
     private val transcript: File,
+    private val settingsFile: SettingsFile,
     val plan: BenchmarkPlan = BenchmarkPlan(),
 ) {
     /** One engine and the model that it was started for. */
@@ -76,7 +86,7 @@ class AppController(
             if (this !== running) return
             when (outcome) {
                 is Outcome.Success -> {
-                    contextLost = true
+                    context.emptied()
                     store.dispatch(Action.EngineReady(model, greeting.version, outcome.value))
                     refresh()
                     if (driversWork) askDevices()
@@ -119,7 +129,7 @@ class AppController(
     private var lastPlacement = Placement.CPU
     private var driversWork = true
     private var next: Pair<ModelEntry, Placement>? = null // to be opened when the running one has ended
-    private var contextLost = false // the engine knows nothing of the conversation that is shown
+    private val context = EngineContext()
     private var polling = false
     private var budgetAsked = false
     private var budgetWanted: Long? = null
@@ -149,9 +159,11 @@ class AppController(
                 main.execute { store.dispatch(Action.ImportEnded(null)) }
             }
             val last = Transcript.read(transcript)
+            val settings = settingsFile.read()
             val models = library.list()
             main.execute {
                 store.dispatch(Action.ModelsListed(models))
+                store.dispatch(Action.SettingsRestored(settings))
                 if (last.messages.isNotEmpty()) store.dispatch(Action.ChatRestored(last.messages))
                 val model = models.find { it.id == last.modelId } ?: models.firstOrNull()
                 if (model != null && running == null) {
@@ -303,25 +315,66 @@ class AppController(
     // The conversation.
 
     fun send(prompt: String) {
-        val engine = running?.engine
-        if (engine == null || state.engine !is EngineState.Ready || state.isBusy || prompt.isEmpty()) return
-        // A fresh engine is told the whole conversation once.
-        val before = if (contextLost) state.chat.messages.joinToString("", transform = Message::text) else ""
-        val request = GenerateRequest(prompt = before + prompt, reset = contextLost)
-        contextLost = false
-        store.dispatch(Action.PromptSent(prompt))
-        engine.generate(request, { token -> if (!token.text.isNullOrEmpty()) store.dispatch(Action.TextArrived(token.text)) }) { outcome ->
-            when (outcome) {
-                is Outcome.Success -> store.dispatch(Action.AnswerEnded(outcome.value))
-                is Outcome.Failure -> {
-                    contextLost = true
-                    val ended = outcome.error.kind == EngineError.Kind.ENDED
-                    store.dispatch(Action.AnswerFailed(if (ended) Ending.EngineEnded else Ending.Failed(outcome.error.message)))
-                }
-            }
-            refresh()
-        }
+        if (canAsk() && prompt.isNotEmpty()) ask(Action.PromptSent(prompt))
+    }
+
+    /** Another answer to the last message, in place of the one that is there. */
+    fun answerAgain() {
+        if (canAsk() && state.chat.messages.isNotEmpty()) ask(Action.AnswerAskedAgain)
+    }
+
+    private fun canAsk() = running != null && state.engine is EngineState.Ready && !state.isBusy
+
+    private fun ask(action: Action) {
+        val engine = running?.engine ?: return
+        val model = state.engine.modelOrNull ?: return
+        store.dispatch(action)
+        val settings = state.settingsOf(model)
+        val format = model.chat ?: ChatFormat.PLAIN
+        val telling = context.tell(format.prompt(turns(state.chat.messages), settings.system, LocalDate.now()))
+        val request = GenerateRequest(
+            pieces = telling.pieces,
+            reset = telling.reset,
+            maxNewTokens = settings.maxNewTokens,
+            temperature = if (settings.greedy) 0.0 else settings.temperature,
+            topK = settings.topK,
+            topP = settings.topP,
+            repetitionPenalty = settings.repetitionPenalty,
+            seed = settings.seed ?: Random.nextLong(SettingField.SEED.high.toLong() + 1),
+            stopTokens = format.stopTokenIds?.toIntArray(),
+        )
+        val stop = StopText(format.stopStrings)
+        engine.generate(request, { token -> textCame(stop, token.text.orEmpty()) }) { answerCame(stop, it) }
         poll()
+    }
+
+    private fun textCame(stop: StopText, text: String) {
+        val before = stop.found
+        val shown = stop.push(text)
+        if (shown.isNotEmpty()) store.dispatch(Action.TextArrived(shown))
+        if (stop.found && !before) running?.engine?.cancel()
+    }
+
+    private fun answerCame(stop: StopText, outcome: Outcome<Event.Done>) {
+        when (outcome) {
+            is Outcome.Success -> {
+                val rest = stop.flush()
+                if (rest.isNotEmpty()) store.dispatch(Action.TextArrived(rest))
+                store.dispatch(Action.AnswerEnded(outcome.value, stop.found))
+                // What ended the answer is in the engine and not in the conversation.
+                if (!stop.found) context.answered(state.chat.messages.last().text)
+            }
+            is Outcome.Failure -> {
+                val error = outcome.error
+                val ending = when {
+                    error.kind == EngineError.Kind.ENDED -> Ending.EngineEnded
+                    TOO_LONG in error.message -> Ending.TooLong
+                    else -> Ending.Failed(error.message)
+                }
+                store.dispatch(Action.AnswerFailed(ending))
+            }
+        }
+        refresh()
     }
 
     fun cancelAnswer() {
@@ -330,11 +383,28 @@ class AppController(
 
     fun forgetConversation() {
         if (state.isBusy) return
-        contextLost = false
+        context.lost()
         store.dispatch(Action.ConversationForgotten)
         running?.engine?.reset { outcome ->
-            if (outcome is Outcome.Failure) tellFailure(outcome.error)
+            when (outcome) {
+                is Outcome.Success -> if (state.chat.messages.isEmpty()) context.emptied()
+                is Outcome.Failure -> tellFailure(outcome.error)
+            }
             refresh()
+        }
+    }
+
+    /** For the open model; null: what its authors recommend. */
+    fun changeSettings(settings: GenerationSettings?) {
+        val model = state.engine.modelOrNull ?: return
+        store.dispatch(Action.SettingsChanged(model.id, settings))
+        val all = state.settings
+        io.execute {
+            try {
+                settingsFile.write(all)
+            } catch (error: IOException) {
+                main.execute { tell(Notice.Trouble(error.message.orEmpty())) }
+            }
         }
     }
 
@@ -366,7 +436,7 @@ class AppController(
         val ready = state.engine as? EngineState.Ready ?: return
         if (state.isBusy) return
         store.dispatch(Action.BenchmarkStarted(plan.runs.size))
-        contextLost = true
+        context.lost()
         benchmark = BenchmarkRun(
             engine,
             ready.loaded.model,
@@ -412,5 +482,8 @@ class AppController(
 
     private companion object {
         const val POLL_MILLIS = 400L
+
+        /** In the engine's message where a prompt does not fit. */
+        const val TOO_LONG = "more than the context of"
     }
 }

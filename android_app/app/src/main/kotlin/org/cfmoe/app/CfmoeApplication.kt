@@ -7,6 +7,7 @@ import android.os.Handler
 import android.os.Looper
 import java.io.File
 import java.util.concurrent.Executors
+import org.cfmoe.app.chat.SettingsFile
 import org.cfmoe.app.engine.EngineFactory
 import org.cfmoe.app.engine.EngineProcess
 import org.cfmoe.app.models.ModelLibrary
@@ -35,6 +36,7 @@ class CfmoeApplication : Application() {
             library = ModelLibrary(File(filesDir, "models")),
             bundled = { bundledModels(assets) },
             transcript = File(filesDir, "conversation.json"),
+            settingsFile = SettingsFile(File(filesDir, "settings.json")),
         )
         controller.start()
     }

@@ -12,6 +12,7 @@ import android.widget.Button
 import android.widget.TextView
 import org.cfmoe.app.benchmark.BenchmarkScreen
 import org.cfmoe.app.chat.ChatScreen
+import org.cfmoe.app.chat.SettingsScreen
 import org.cfmoe.app.engine.EngineEnd
 import org.cfmoe.app.engine.SIGKILL
 import org.cfmoe.app.models.ModelsScreen
@@ -42,11 +43,13 @@ class MainActivity : Activity() {
         keepClearOfSystemBars()
         val models = ModelsScreen(findViewById(R.id.screen_models), controller, ::pickDirectory, ::pickArchive)
         val chat = ChatScreen(findViewById(R.id.screen_chat), controller)
+        val settings = SettingsScreen(findViewById(R.id.screen_settings), controller)
         val panel = PanelScreen(findViewById(R.id.screen_panel), controller)
         val benchmark = BenchmarkScreen(findViewById(R.id.screen_benchmark), controller, ::pickExport)
         screens = mapOf(
             Screen.MODELS to (findViewById<View>(R.id.screen_models) to models::show),
             Screen.CHAT to (findViewById<View>(R.id.screen_chat) to chat::show),
+            Screen.SETTINGS to (findViewById<View>(R.id.screen_settings) to settings::show),
             Screen.PANEL to (findViewById<View>(R.id.screen_panel) to panel::show),
             Screen.BENCHMARK to (findViewById<View>(R.id.screen_benchmark) to benchmark::show),
         )
@@ -80,7 +83,8 @@ class MainActivity : Activity() {
             view.visibility = if (screen == state.screen) View.VISIBLE else View.GONE
             if (screen == state.screen) show(state)
         }
-        tabs.forEach { (screen, button) -> button.isSelected = screen == state.screen }
+        val tab = if (state.screen == Screen.SETTINGS) Screen.CHAT else state.screen
+        tabs.forEach { (screen, button) -> button.isSelected = screen == tab }
         showEngine(state.engine)
         val notice = state.notice?.let(::noticeText)
         findViewById<View>(R.id.notice).visibility = if (notice == null) View.GONE else View.VISIBLE
@@ -112,6 +116,7 @@ class MainActivity : Activity() {
             is Notice.FromEngine -> notice.message
             is Notice.MemoryGivenBack -> getString(R.string.memory_given_back, size(this, notice.budget))
             is Notice.Imported -> getString(R.string.imported, notice.name)
+            Notice.Copied -> getString(R.string.message_copied)
             is Notice.Exported -> getString(R.string.exported, notice.name)
             is Notice.ExportFailed -> getString(R.string.export_failed, notice.message)
             is Notice.Trouble -> notice.message

@@ -5,6 +5,8 @@ import java.io.File
 import java.io.IOException
 import java.util.concurrent.Executors
 import org.cfmoe.app.benchmark.BenchmarkPlan
+import org.cfmoe.app.chat.GenerationSettings
+import org.cfmoe.app.chat.SettingsFile
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.EngineEnd
 import org.cfmoe.app.engine.EngineFactory
@@ -34,6 +36,7 @@ class AppControllerTest {
     private val main = TestMainThread()
     private val io = Executors.newSingleThreadExecutor()
     private lateinit var store: Store
+    private lateinit var controller: AppController
 
     private val state: AppState
         get() = main.run { store.state }
@@ -49,14 +52,17 @@ class AppControllerTest {
             library = ModelLibrary(File(folder.root, "models")),
             bundled = { listOf(BundledModel(File(Real.artifact, "manifest.json").readBytes(), source)) },
             transcript = File(folder.root, "conversation.json"),
+            settingsFile = SettingsFile(File(folder.root, "settings.json")),
             plan = BenchmarkPlan(listOf(100.0, 25.0), repeats = 1, promptTokens = 8, newTokens = 8),
         )
         main.run { controller.start() }
+        this.controller = controller
         return controller
     }
 
     private fun ready(): EngineState.Ready {
         eventually("the engine is ready") { state.engine is EngineState.Ready }
+        main.run { controller.changeSettings(GenerationSettings(maxNewTokens = 256)) }
         return state.engine as EngineState.Ready
     }
 
@@ -89,7 +95,7 @@ class AppControllerTest {
         // The same again from the beginning gives the same words.
         main.run { app.forgetConversation() }
         main.run { app.send("The proposal adds a new") }
-        assertEquals(answer, finished())
+        assertEquals(answer.text, finished().text)
         main.run { app.close() }
         eventually("the engine is closed") { state.engine == EngineState.Stopped }
     }

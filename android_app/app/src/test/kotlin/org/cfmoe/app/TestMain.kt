@@ -2,6 +2,8 @@
 package org.cfmoe.app
 
 import kotlin.system.exitProcess
+import org.cfmoe.app.chat.ChatFormatTest
+import org.cfmoe.app.chat.ConversationTest
 import org.cfmoe.app.engine.EngineProcessTest
 import org.cfmoe.app.engine.WireTest
 import org.cfmoe.app.models.ImporterTest
@@ -36,8 +38,10 @@ fun main() {
         WireTest::class.java,
         ReducerTest::class.java,
         ImporterTest::class.java,
+        ChatFormatTest::class.java,
         EngineProcessTest::class.java,
         AppControllerTest::class.java,
+        ConversationTest::class.java,
     )
     println(JSONObject().put("run", result.runCount).put("failed", result.failureCount).put("left_out", leftOut))
     exitProcess(if (result.wasSuccessful()) 0 else 1)

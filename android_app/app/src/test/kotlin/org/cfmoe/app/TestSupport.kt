@@ -22,10 +22,16 @@ import org.junit.Assume.assumeTrue
 
 const val SECONDS = 60L
 
-/** The program and the artifact that -Dcfmoe.engine and -Dcfmoe.artifact name; tests that need them are left out where they do not. */
+/** The program and the files that -Dcfmoe.engine, -Dcfmoe.artifact and so on name; tests that need them are left out where they do not. */
 object Real {
     val engine: File get() = named("cfmoe.engine")
     val artifact: File get() = named("cfmoe.artifact")
+
+    /** The same model with a chat template. */
+    val chat: File get() = named("cfmoe.chat")
+
+    /** Conversations in the words of templates: tests/python/chat_artifact.py. */
+    val conversations: File get() = named("cfmoe.conversations")
 
     private fun named(property: String): File {
         val value = System.getProperty(property)

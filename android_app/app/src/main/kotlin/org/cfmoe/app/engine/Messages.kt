@@ -149,13 +149,19 @@ sealed interface Budget {
 
 data class LoadRequest(val artifact: String, val budget: Budget = Budget.Everything, val placement: Placement = Placement.CPU)
 
-/** Exactly one of `prompt` and `tokens`. Temperature 0 is greedy. An empty `stopTokens` means none, null the model's. */
+/** A part of a prompt. In what was `typed` special tokens are text. */
+data class Piece(val text: String, val typed: Boolean)
+
+/** Exactly one of `prompt`, `pieces` and `tokens`. Temperature 0 is greedy. An empty `stopTokens` means none, null the model's. */
 data class GenerateRequest(
     val prompt: String? = null,
+    val pieces: List<Piece>? = null,
     val tokens: IntArray? = null,
     val maxNewTokens: Int = 256,
     val temperature: Double = 0.0,
+    val topK: Int = 0,
     val topP: Double = 1.0,
+    val repetitionPenalty: Double = 1.0,
     val seed: Long = 0,
     val stopTokens: IntArray? = null,
     val reset: Boolean = false,

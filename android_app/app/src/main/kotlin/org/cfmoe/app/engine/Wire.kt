@@ -19,14 +19,20 @@ internal object Wire {
     fun generate(request: GenerateRequest): JSONObject =
         operation("generate").apply {
             if (request.prompt != null) put("prompt", request.prompt)
+            if (request.pieces != null) put("prompt", JSONArray(request.pieces.map(::piece)))
             if (request.tokens != null) put("tokens", JSONArray(request.tokens.toList()))
             put("max_new_tokens", request.maxNewTokens)
             put("temperature", request.temperature)
+            put("top_k", request.topK)
             put("top_p", request.topP)
+            put("repetition_penalty", request.repetitionPenalty)
             put("seed", request.seed)
             if (request.stopTokens != null) put("stop_tokens", JSONArray(request.stopTokens.toList()))
             if (request.reset) put("reset", true)
         }
+
+    private fun piece(piece: Piece): JSONObject =
+        JSONObject().put("text", piece.text).apply { if (piece.typed) put("typed", true) }
 
     fun setBudget(budget: Budget): JSONObject = operation("set_budget").putBudget(budget)
 

@@ -1,13 +1,23 @@
 /** What an artifact's manifest.json says of the model and of the files that belong to it: docs/artifact-format.md. */
 package org.cfmoe.app.models
 
+import org.cfmoe.app.chat.ChatFormat
 import org.json.JSONException
 import org.json.JSONObject
 
 /** Something about a model that a person is told in one line. */
 class ModelException(message: String, cause: Throwable? = null) : Exception(message, cause)
 
-data class Manifest(val name: String, val parameters: Long, val layers: Int, val experts: Int, val files: Map<String, FileFacts>) {
+/** `chat` null: the model has no chat template, or one that says more than `chat` can; then `chatAbsent` says what. */
+data class Manifest(
+    val name: String,
+    val parameters: Long,
+    val layers: Int,
+    val experts: Int,
+    val files: Map<String, FileFacts>,
+    val chat: ChatFormat?,
+    val chatAbsent: String,
+) {
     val totalBytes: Long
         get() = files.values.sumOf { it.size }
 
@@ -31,6 +41,8 @@ data class Manifest(val name: String, val parameters: Long, val layers: Int, val
                     model.getInt("num_layers"),
                     model.getInt("num_experts"),
                     files.keys().asSequence().associate { safePath(it) to facts(files.getJSONObject(it)) },
+                    json.optJSONObject("chat")?.let { ChatFormat.parse(it, model.getInt("vocab_size")) },
+                    json.optString("chat_absent"),
                 )
             } catch (error: JSONException) {
                 throw ModelException("$FILE is damaged: ${error.message}", error)

@@ -4,8 +4,10 @@ package org.cfmoe.app.models
 import java.io.File
 import java.io.IOException
 import java.security.MessageDigest
+import org.cfmoe.app.chat.ChatFormat
+import org.cfmoe.app.chat.GenerationSettings
 
-/** `id` is the directory's name. `bundled`: it came with the app. */
+/** `id` is the directory's name. `bundled`: it came with the app. `recommended` is what its authors do. */
 data class ModelEntry(
     val id: String,
     val name: String,
@@ -15,6 +17,9 @@ data class ModelEntry(
     val layers: Int,
     val experts: Int,
     val bundled: Boolean,
+    val chat: ChatFormat? = null,
+    val chatAbsent: String = "",
+    val recommended: GenerationSettings = GenerationSettings(),
 )
 
 /** Not for several threads at a time, but for `list`. */
@@ -38,6 +43,9 @@ class ModelLibrary(private val root: File) {
                 manifest.layers,
                 manifest.experts,
                 directory.name.startsWith(BUNDLED),
+                manifest.chat,
+                manifest.chatAbsent,
+                GenerationSettings.recommended(File(directory, "generation_config.json")),
             )
         } catch (_: IOException) {
             null // no model: something else stands in the directory, which `sweep` leaves alone

@@ -2,15 +2,17 @@
 package org.cfmoe.app.state
 
 import org.cfmoe.app.benchmark.BenchmarkRow
+import org.cfmoe.app.chat.GenerationSettings
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.EngineEnd
 import org.cfmoe.app.engine.Event
 import org.cfmoe.app.engine.Memory
 import org.cfmoe.app.engine.Metrics
+import org.cfmoe.app.engine.Phase
 import org.cfmoe.app.models.ImportProgress
 import org.cfmoe.app.models.ModelEntry
 
-enum class Screen { MODELS, CHAT, PANEL, BENCHMARK }
+enum class Screen { MODELS, CHAT, SETTINGS, PANEL, BENCHMARK }
 
 data class AppState(
     val screen: Screen = Screen.MODELS,
@@ -18,6 +20,8 @@ data class AppState(
     val importing: ImportState = ImportState.None,
     val engine: EngineState = EngineState.Stopped,
     val chat: ChatState = ChatState(),
+    /** By a model's id, where they are not what its authors recommend. */
+    val settings: Map<String, GenerationSettings> = emptyMap(),
     val panel: PanelState = PanelState(),
     val benchmark: BenchmarkState = BenchmarkState.Idle,
     val notice: Notice? = null,
@@ -61,10 +65,14 @@ val EngineState.modelOrNull: ModelEntry?
         is EngineState.Died -> model
     }
 
-data class ChatState(val messages: List<Message> = emptyList(), val answering: Boolean = false)
+/** How answers of `model` are made. */
+fun AppState.settingsOf(model: ModelEntry): GenerationSettings = settings[model.id] ?: model.recommended
 
-/** `ending` says why an answer is not complete. */
-data class Message(val author: Author, val text: String, val ending: Ending? = null) {
+/** A person's message and the model's answer in turn. `decodedBefore` is what was decoded before the answer that comes. */
+data class ChatState(val messages: List<Message> = emptyList(), val answering: Boolean = false, val decodedBefore: Phase? = null)
+
+/** `ending` says why an answer is not complete; `speed`, in tokens/s, is of one that has ended, null where it is too short. */
+data class Message(val author: Author, val text: String, val ending: Ending? = null, val speed: Double? = null) {
     enum class Author { PERSON, MODEL }
 }
 
@@ -74,6 +82,9 @@ sealed interface Ending {
     data object Length : Ending
 
     data object ContextFull : Ending
+
+    /** The message and what was said before it are too long together. */
+    data object TooLong : Ending
 
     data object EngineEnded : Ending
 
@@ -108,6 +119,8 @@ sealed interface Notice {
     data class MemoryGivenBack(val budget: Long) : Notice
 
     data class Imported(val name: String) : Notice
+
+    data object Copied : Notice
 
     data class Exported(val name: String) : Notice
 

@@ -2,6 +2,7 @@
 package org.cfmoe.app.state
 
 import org.cfmoe.app.benchmark.BenchmarkRow
+import org.cfmoe.app.chat.GenerationSettings
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.EngineEnd
 import org.cfmoe.app.engine.Event
@@ -36,13 +37,22 @@ sealed interface Action {
 
     data class PromptSent(val prompt: String) : Action
 
+    /** The last answer is to be made again. */
+    data object AnswerAskedAgain : Action
+
     data class TextArrived(val text: String) : Action
 
-    data class AnswerEnded(val done: Event.Done) : Action
+    /** `stopped`: it was ended because it had come to its end. */
+    data class AnswerEnded(val done: Event.Done, val stopped: Boolean = false) : Action
 
     data class AnswerFailed(val ending: Ending) : Action
 
     data object ConversationForgotten : Action
+
+    data class SettingsRestored(val settings: Map<String, GenerationSettings>) : Action
+
+    /** `settings` null: what the model's authors recommend. */
+    data class SettingsChanged(val modelId: String, val settings: GenerationSettings?) : Action
 
     data class MemoryChanged(val memory: Memory) : Action
 
@@ -85,14 +95,23 @@ fun reduce(state: AppState, action: Action): AppState =
         is Action.ChatRestored -> state.copy(chat = ChatState(action.messages))
         is Action.PromptSent -> {
             val added = listOf(Message(Message.Author.PERSON, action.prompt), Message(Message.Author.MODEL, ""))
-            state.copy(chat = ChatState(state.chat.messages + added, answering = true))
+            state.copy(chat = ChatState(state.chat.messages + added, answering = true, state.panel.metrics?.decode))
+        }
+        Action.AnswerAskedAgain -> {
+            val again = state.chat.messages.dropLast(1) + Message(Message.Author.MODEL, "")
+            state.copy(chat = ChatState(again, answering = true, state.panel.metrics?.decode))
         }
         is Action.TextArrived -> state.copy(chat = state.chat.withAnswer { it.copy(text = it.text + action.text) })
-        is Action.AnswerEnded -> answered(state, action.done)
+        is Action.AnswerEnded -> answered(state, action.done, action.stopped)
         is Action.AnswerFailed -> {
             if (!state.chat.answering) state else state.copy(chat = state.chat.ended(action.ending, ""))
         }
         Action.ConversationForgotten -> state.copy(chat = ChatState(), panel = PanelState())
+        is Action.SettingsRestored -> state.copy(settings = action.settings)
+        is Action.SettingsChanged -> {
+            val others = state.settings - action.modelId
+            state.copy(settings = action.settings?.let { others + (action.modelId to it) } ?: others)
+        }
         is Action.MemoryChanged -> state.withMemory(action.memory)
         is Action.MemoryGivenBack -> state.withMemory(action.memory).copy(notice = Notice.MemoryGivenBack(action.memory.budget))
         is Action.Reported -> reported(state, action.report)
@@ -125,15 +144,20 @@ private fun ended(state: AppState, end: EngineEnd): AppState {
     return state.copy(engine = engine, chat = chat, benchmark = keptBenchmark(state.benchmark), panel = state.panel.copy(speed = null))
 }
 
-private fun answered(state: AppState, done: Event.Done): AppState {
-    val ending = when (done.reason) {
-        FinishReason.STOP -> null
-        FinishReason.LENGTH -> Ending.Length
-        FinishReason.CONTEXT -> Ending.ContextFull
-        FinishReason.CANCELLED -> Ending.Cancelled
+private fun answered(state: AppState, done: Event.Done, stopped: Boolean): AppState {
+    val ending = when {
+        stopped || done.reason == FinishReason.STOP -> null
+        done.reason == FinishReason.LENGTH -> Ending.Length
+        done.reason == FinishReason.CONTEXT -> Ending.ContextFull
+        else -> Ending.Cancelled
     }
     val panel = state.panel.copy(metrics = done.metrics, speed = null)
-    return state.withMemory(done.memory).copy(chat = state.chat.ended(ending, done.text), panel = panel)
+    // The engine counts from 0 again where it was told the conversation anew.
+    val before = state.chat.decodedBefore?.takeIf { it.tokens <= done.metrics.decode.tokens }
+    val tokens = done.metrics.decode.tokens - (before?.tokens ?: 0)
+    val seconds = done.metrics.decode.seconds - (before?.seconds ?: 0.0)
+    val speed = if (tokens > 0 && seconds > 0) tokens / seconds else null
+    return state.withMemory(done.memory).copy(chat = state.chat.ended(ending, if (stopped) "" else done.text, speed), panel = panel)
 }
 
 private fun reported(state: AppState, report: Event.Report): AppState {
@@ -165,5 +189,5 @@ private fun AppState.withMemory(memory: Memory): AppState =
 private fun ChatState.withAnswer(change: (Message) -> Message): ChatState =
     if (!answering) this else copy(messages = messages.dropLast(1) + change(messages.last()))
 
-private fun ChatState.ended(ending: Ending?, text: String): ChatState =
-    withAnswer { it.copy(text = it.text + text, ending = ending) }.copy(answering = false)
+private fun ChatState.ended(ending: Ending?, text: String, speed: Double? = null): ChatState =
+    withAnswer { it.copy(text = it.text + text, ending = ending, speed = speed) }.copy(answering = false)

@@ -20,6 +20,11 @@ class WireTest {
         assertEquals("[1,2]", generate.getJSONArray("tokens").toString())
         assertEquals(0, generate.getJSONArray("stop_tokens").length())
         assertEquals(false, generate.has("prompt"))
+        val prompt = listOf(Piece("<b>", false), Piece("x", true))
+        val pieces = Wire.generate(GenerateRequest(pieces = prompt, topK = 5, repetitionPenalty = 1.5))
+        assertEquals("""[{"text":"<b>"},{"text":"x","typed":true}]""", pieces.getJSONArray("prompt").toString())
+        assertEquals(5, pieces.getInt("top_k"))
+        assertEquals(1.5, pieces.getDouble("repetition_penalty"), 0.0)
         assertEquals(77L, Wire.setBudget(Budget.Bytes(77)).getLong("memory_budget"))
         assertEquals(0L, Wire.trim(0).getLong("memory_budget"))
     }

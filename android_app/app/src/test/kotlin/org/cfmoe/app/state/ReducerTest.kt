@@ -5,6 +5,7 @@ import java.io.File
 import org.cfmoe.app.TestMainThread
 import org.cfmoe.app.benchmark.BenchmarkPlan
 import org.cfmoe.app.benchmark.median
+import org.cfmoe.app.chat.GenerationSettings
 import org.cfmoe.app.chat.Transcript
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.EngineEnd
@@ -48,7 +49,7 @@ class ReducerTest {
         assertTrue(growing.chat.answering)
         assertEquals(listOf("Say", " a b"), growing.chat.messages.map { it.text })
         val ended = growing.after(Action.AnswerEnded(done(FinishReason.CANCELLED)), Action.TextArrived("late"))
-        assertEquals(Message(Message.Author.MODEL, " a b!", Ending.Cancelled), ended.chat.messages.last())
+        assertEquals(Message(Message.Author.MODEL, " a b!", Ending.Cancelled, 4.0), ended.chat.messages.last())
         assertEquals(400L, (ended.engine as EngineState.Ready).memory.budget)
         assertNull(growing.after(Action.AnswerEnded(done(FinishReason.STOP))).chat.messages.last().ending)
     }
@@ -69,6 +70,33 @@ class ReducerTest {
         assertEquals(EngineState.Stopped, closed.engine)
         val refused = AppState().after(Action.EngineOpening(model), Action.EngineRefused(model, "no"), Action.EngineEnded(EngineEnd.Closed))
         assertEquals(EngineState.Refused(model, "no"), refused.engine)
+    }
+
+    @Test
+    fun anotherAnswerTakesTheOldOnesPlace() {
+        val told = ready.after(Action.PromptSent("Say"), Action.TextArrived(" a"), Action.AnswerEnded(done(FinishReason.LENGTH)))
+        assertEquals(4.0, told.chat.messages.last().speed ?: 0.0, 1e-9) // 8 tokens in 2 s
+        val again = told.after(Action.AnswerAskedAgain)
+        assertEquals(listOf("Say", ""), again.chat.messages.map { it.text })
+        assertTrue(again.chat.answering)
+        // The engine counts on, or from 0 where it was told everything anew.
+        fun ended(decode: Phase): AppState {
+            val cancelled = done(FinishReason.CANCELLED).copy(metrics = Metrics(decode, decode))
+            return again.after(Action.AnswerEnded(cancelled, stopped = true))
+        }
+        assertEquals(10.0, ended(phase(18, 3.0)).chat.messages.last().speed ?: 0.0, 1e-9)
+        assertEquals(2.0, ended(phase(4, 2.0)).chat.messages.last().speed ?: 0.0, 1e-9)
+        // Ended because a text of the template came: neither stopped by the person, nor is there more of it.
+        assertEquals(Message(Message.Author.MODEL, "", null, 10.0), ended(phase(18, 3.0)).chat.messages.last())
+    }
+
+    @Test
+    fun settingsBelongToAModel() {
+        val own = GenerationSettings(temperature = 0.3)
+        val state = ready.after(Action.SettingsRestored(mapOf("m-2" to own)), Action.SettingsChanged("m-1", own.copy(topK = 7)))
+        assertEquals(7, state.settingsOf(model).topK)
+        assertEquals(setOf("m-1", "m-2"), state.settings.keys)
+        assertEquals(model.recommended, state.after(Action.SettingsChanged("m-1", null)).settingsOf(model))
     }
 
     @Test

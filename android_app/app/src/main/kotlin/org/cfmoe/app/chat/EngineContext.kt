@@ -1,0 +1,78 @@
+/** What the running engine has of the conversation, and what it has to be told so that it has all of it. */
+package org.cfmoe.app.chat
+
+import org.cfmoe.app.engine.Piece
+import org.cfmoe.app.state.Message
+
+/** The conversation that the model shall know: what got no answer is not of it, but for the last. */
+fun turns(messages: List<Message>): List<Turn> {
+    val pairs = messages.chunked(2)
+    val past = pairs.dropLast(1).filter { it[1].text.isNotEmpty() }.map { Turn(it[0].text, it[1].text) }
+    return past + Turn(pairs.last()[0].text, null)
+}
+
+/** `reset`: the engine is to forget first what it has. */
+data class Telling(val pieces: List<Piece>, val reset: Boolean)
+
+class EngineContext {
+    private var known: String? = "" // all that it has read and written; null: not known
+    private var asked = ""
+
+    /** A fresh engine, or one that has forgotten everything. */
+    fun emptied() {
+        known = ""
+    }
+
+    /** It has something else, or nobody knows what. */
+    fun lost() {
+        known = null
+    }
+
+    /** Only what is new where the engine has the rest, word for word; else everything. The context is lost until `answered`. */
+    fun tell(prompt: List<Piece>): Telling {
+        val before = known
+        asked = prompt.joinToString("", transform = Piece::text)
+        known = null
+        return if (before != null && asked.startsWith(before)) Telling(without(prompt, before.length), false) else Telling(prompt, true)
+    }
+
+    /** The engine has answered what was told last. */
+    fun answered(answer: String) {
+        known = asked + answer
+    }
+
+    private fun without(prompt: List<Piece>, length: Int): List<Piece> {
+        var skip = length
+        return prompt.mapNotNull { piece ->
+            val cut = minOf(skip, piece.text.length)
+            skip -= cut
+            piece.copy(text = piece.text.drop(cut)).takeIf { it.text.isNotEmpty() }
+        }
+    }
+}
+
+/** Finds in an answer that comes in parts the first of the texts that end it. */
+class StopText(private val stops: List<String>) {
+    private var held = ""
+
+    /** Whether one was found: what follows is not of the answer. */
+    var found = false
+        private set
+
+    /** What can be shown now: what may still become a stop is held back. */
+    fun push(text: String): String {
+        if (found) return ""
+        held += text
+        val end = stops.map { held.indexOf(it) }.filter { it >= 0 }.minOrNull()
+        if (end != null) {
+            found = true
+            return held.take(end).also { held = "" }
+        }
+        val most = minOf(held.length, (stops.maxOfOrNull { it.length } ?: 0) - 1)
+        val kept = (most downTo 1).find { size -> stops.any { it.startsWith(held.takeLast(size)) } } ?: 0
+        return held.dropLast(kept).also { held = held.takeLast(kept) }
+    }
+
+    /** The answer has ended: what was held back belongs to it. */
+    fun flush(): String = held.also { held = "" }
+}
