@@ -73,7 +73,11 @@ class SettingsScreen(private val root: View, private val controller: AppControll
 
     init {
         greedy.setOnCheckedChangeListener { _, checked -> if (!showing) change(settings.copy(greedy = checked)) }
-        system.onText { if (!showing) change(settings.copy(system = it)) }
+        system.onText { text ->
+            // Without a text of the template's own an empty one is none.
+            val own = model?.chat?.system?.default.orEmpty()
+            if (!showing) change(settings.copy(system = text.takeIf { it.isNotEmpty() || own.isNotEmpty() }))
+        }
         root.findViewById<View>(R.id.settings_reset).setOnClickListener {
             controller.changeSettings(null)
             model?.let { model -> writing { writeAll(model, model.recommended) } }
