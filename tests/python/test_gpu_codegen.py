@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -412,6 +414,20 @@ def test_what_glsl_cannot_say_is_refused() -> None:
 def test_a_shader_that_does_not_compile_is_an_error() -> None:
     with pytest.raises(CFMoEError, match="refuses the shader of kernel broken"):
         spirv.assemble("broken", "#version 450\nvoid main() { nonsense }\n")
+
+
+def test_what_the_validator_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimiser that writes nonsense: its output lets every number be 0 or 1, far fewer than there are."""
+    wrong = tmp_path / "spirv-opt"
+    code = (
+        "import sys, struct; s, _, o = sys.argv[-3:]; b = open(s, 'rb').read(); open(o, 'wb').write(b[:12] + struct.pack('<I', 2) + b[16:])"
+    )
+    wrong.write_text(f"#!{sys.executable}\n{code}\n")
+    wrong.chmod(0o755)
+    tool = spirv._tool
+    monkeypatch.setattr(spirv, "_tool", lambda *names: str(wrong) if names == ("spirv-opt",) else tool(*names))
+    with pytest.raises(CFMoEError, match="spirv-val refuses the shader of kernel sound: .*bound"):
+        spirv.assemble("sound", "#version 450\nvoid main() { }\n")
 
 
 def test_no_shuffle_inside_a_branch() -> None:
