@@ -289,9 +289,9 @@ def swift_root() -> None:
 @pytest.mark.usefixtures("swift_root")
 def test_cfmoekit_with_the_real_engine(demo_artifact: Path, demo_model: Path, tmp_path: Path) -> None:
     from artifacts import write
-    from chat_artifact import write_chat_artifact, write_conversations
     from cfmoe.compile import compile_model
     from cfmoe.runtime import Engine, Tokenizer
+    from chat_artifact import write_chat_artifact, write_conversations
     from engine_process import host_engine
 
     archives = tmp_path / "archives"

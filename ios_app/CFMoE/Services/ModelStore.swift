@@ -16,6 +16,12 @@ enum ModelStore {
     return library
   }
 
+  /// Where the settings of answers are kept; nil where there is no such place.
+  static func settingsFile() -> URL? {
+    let support = try? FileManager.default.url(for: .applicationSupportDirectory, in: .userDomainMask, appropriateFor: nil, create: true)
+    return support?.appendingPathComponent("settings.json")
+  }
+
   private static func bundled() -> [URL] {
     guard let folder = Bundle.main.resourceURL?.appendingPathComponent(bundledFolder, isDirectory: true),
       let names = try? FileManager.default.contentsOfDirectory(atPath: folder.path)

@@ -11,7 +11,7 @@ struct RootView: View {
         if let models = app.models { ModelsView(models: models) } else { Text(app.problem ?? "").padding() }
       }
       .tabItem { Label("Models", systemImage: "square.stack.3d.up") }
-      screen("Chat") { ChatView(chat: app.chat, host: app.host) }
+      screen("Chat") { ChatView(chat: app.chat, settings: app.settings) }
         .tabItem { Label("Chat", systemImage: "bubble.left.and.bubble.right") }
       screen("Cache") { PanelView(panel: app.panel, host: app.host) }
         .tabItem { Label("Cache", systemImage: "square.grid.3x3.fill") }

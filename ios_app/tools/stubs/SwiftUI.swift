@@ -1,6 +1,7 @@
 // The part of SwiftUI that the app uses, declared so that the compiler on Linux can check every call's types. Declarations only: nothing
 // here draws.
 @_exported import Foundation
+import UIKit
 import UniformTypeIdentifiers
 
 private func declared() -> Never { fatalError("a declaration only") }
@@ -137,7 +138,13 @@ extension Button where Label == Text {
   @preconcurrency public init(_ key: LocalizedStringKey, role: ButtonRole?, action: @escaping @MainActor () -> Void) {}
 }
 public struct TextField<Label: View>: Primitive {}
-extension TextField where Label == Text { public init(_ key: LocalizedStringKey, text: Binding<String>) {} }
+extension TextField where Label == Text {
+  public init(_ key: LocalizedStringKey, text: Binding<String>) {}
+  @_disfavoredOverload public init<Title: StringProtocol>(_ title: Title, text: Binding<String>) {}
+}
+public struct TextEditor: Primitive { public init(text: Binding<String>) {} }
+public struct Toggle<Label: View>: Primitive {}
+extension Toggle where Label == Text { public init(_ key: LocalizedStringKey, isOn: Binding<Bool>) {} }
 public struct ProgressView<Label: View, CurrentValueLabel: View>: Primitive {}
 extension ProgressView where Label == EmptyView, CurrentValueLabel == EmptyView {
   public init<Value: BinaryFloatingPoint>(value: Value?, total: Value = 1.0) {}
@@ -152,6 +159,18 @@ public struct Slider<Label: View, ValueLabel: View>: Primitive {
 public struct Picker<Label: View, SelectionValue: Hashable, Content: View>: Primitive {}
 extension Picker where Label == Text {
   public init(_ key: LocalizedStringKey, selection: Binding<SelectionValue>, @ViewBuilder content: () -> Content) {}
+}
+
+// Gestures
+
+@MainActor @preconcurrency public protocol Gesture { associatedtype Value }
+public struct DragGesture: Gesture {
+  public struct Value: Equatable, Sendable {}
+  public init(minimumDistance: CGFloat = 10) {}
+}
+public struct ChangedGesture<Content: Gesture>: Gesture { public typealias Value = Content.Value }
+extension Gesture where Value: Equatable {
+  public func onChanged(_ action: @escaping (Value) -> Void) -> ChangedGesture<Self> { ChangedGesture() }
 }
 
 // Drawing
@@ -229,8 +248,14 @@ extension View {
   public func onAppear(perform action: (() -> Void)? = nil) -> some View { self }
   public func onDisappear(perform action: (() -> Void)? = nil) -> some View { self }
   public func onChange<Value: Equatable>(of value: Value, perform action: @escaping (Value) -> Void) -> some View { self }
+  public func simultaneousGesture<Other: Gesture>(_ gesture: Other) -> some View { self }
+  public func keyboardType(_ type: UIKeyboardType) -> some View { self }
+  public func sheet<Content: View>(
+    isPresented: Binding<Bool>, onDismiss: (() -> Void)? = nil, @ViewBuilder content: @escaping () -> Content
+  ) -> some View { self }
   public func swipeActions<Content: View>(@ViewBuilder content: () -> Content) -> some View { self }
   public func accessibilityLabel(_ key: LocalizedStringKey) -> some View { self }
+  public func accessibilityLabel(_ label: Text) -> some View { self }
   public func accessibilityValue<S: StringProtocol>(_ value: S) -> some View { self }
   public func accessibilityHidden(_ hidden: Bool) -> some View { self }
   public func accessibilityElement(children: AccessibilityChildBehavior) -> some View { self }
@@ -252,6 +277,9 @@ public struct ToolbarItemPlacement: Sendable { public static let navigationBarTr
 @MainActor @preconcurrency public protocol ToolbarContent {}
 public struct ToolbarItem<ID, Content: View>: ToolbarContent {}
 extension ToolbarItem where ID == () { public init(placement: ToolbarItemPlacement, @ViewBuilder content: () -> Content) {} }
+public struct ToolbarItemGroup<Content: View>: ToolbarContent {
+  public init(placement: ToolbarItemPlacement, @ViewBuilder content: () -> Content) {}
+}
 @resultBuilder public struct ToolbarContentBuilder {
   public static func buildBlock<Content: ToolbarContent>(_ content: Content) -> Content { content }
 }

@@ -7,7 +7,7 @@ import XCTest
 final class ViewModelTests: XCTestCase, @unchecked Sendable {
   private func host(available: UInt64? = nil) -> EngineHost {
     let host = EngineHost { available }
-    host.settings.maxNewTokens = 24
+    host.settings.plain.maxNewTokens = 24
     return host
   }
 
@@ -58,7 +58,7 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
 
   func testChatCancel() async throws {
     let host = host()
-    host.settings.maxNewTokens = 1900
+    host.settings.plain.maxNewTokens = 1900
     let chat = ChatViewModel(host: host)
     await host.load(try demo())
     chat.send(prompt)
@@ -73,11 +73,15 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     await chat.newChat()
     XCTAssertEqual(chat.state.messages, [])
     XCTAssertFalse(chat.state.isAnswering)
-    // And so does another model.
+    // The same model opened again ends the answer, and keeps what was said; another model has its own conversation.
     chat.send(prompt)
     try await wait { (chat.state.messages.last?.text.count ?? 0) > 20 }
     await host.load(try demo())
     await chat.settle()
+    XCTAssertEqual(chat.state.messages.map(\.end), [nil, .cancelled])
+    let other = try scratch(self).appendingPathComponent("other", isDirectory: true)
+    try FileManager.default.copyItem(at: demoArtifact(), to: other)
+    await host.load(try ModelLibrary.model(at: other, isBundled: false))
     XCTAssertEqual(chat.state.messages, [])
     await host.unload()
   }
@@ -89,14 +93,14 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
     chat.send(String(repeating: "word ", count: 5000))
     await chat.settle()
     let line = try XCTUnwrap(chat.state.messages.last?.error)
-    XCTAssert(line.contains("context"), line)
+    XCTAssert(line.contains("begin a new chat"), line)
     XCTAssertFalse(chat.state.isAnswering)
     await host.unload()
   }
 
   func testPanelWhileItAnswers() async throws {
     let host = host()
-    host.settings.maxNewTokens = 1500
+    host.settings.plain.maxNewTokens = 1500
     let chat = ChatViewModel(host: host)
     let panel = PanelViewModel(host: host)
     XCTAssertNil(panel.state.budgetRange)
@@ -168,7 +172,7 @@ final class ViewModelTests: XCTestCase, @unchecked Sendable {
   func testAGPUThatCannotBeOpenedLeavesTheCPU() async throws {
     // On Linux the engine has no Metal, as on a phone whose Metal refuses the kernels.
     let host = EngineHost(devices: [.cpu, .metal])
-    host.settings.maxNewTokens = 8
+    host.settings.plain.maxNewTokens = 8
     let chat = ChatViewModel(host: host)
     let model = try ModelLibrary.model(at: metalArtifact(), isBundled: true)
     await host.load(model)
@@ -328,17 +332,5 @@ final class ValueTests: XCTestCase {
       XCTAssertLessThanOrEqual(usable(available), available)
     }
     XCTAssertEqual(usable(1 << 30), (1 << 30) - (1 << 30) / 10)
-  }
-
-  func testPromptFormats() throws {
-    XCTAssertEqual(PromptFormat.of(artifact: try demoArtifact()), .plain)
-    XCTAssertEqual(PromptFormat.of(template: "{{ '<|im_start|>' + role }}"), .chatML)
-    XCTAssertEqual(PromptFormat.of(template: "<|start_header_id|>"), .llama3)
-    XCTAssertEqual(PromptFormat.of(template: "[INST]"), .mistral)
-    XCTAssertEqual(PromptFormat.plain.turn("a", isFirst: true), "a")
-    XCTAssertEqual(PromptFormat.chatML.turn("a", isFirst: true), "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    XCTAssert(PromptFormat.chatML.turn("a", isFirst: false).hasPrefix("<|im_end|>\n<|im_start|>user\n"))
-    XCTAssert(PromptFormat.llama3.turn("a", isFirst: true).hasPrefix("<|begin_of_text|>"))
-    XCTAssertEqual(PromptFormat.mistral.turn("a", isFirst: false), "</s>[INST] a [/INST]")
   }
 }

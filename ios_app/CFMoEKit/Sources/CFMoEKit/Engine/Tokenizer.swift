@@ -27,6 +27,29 @@ public final class Tokenizer: Sendable {
     return Array(ids.prefix(count))
   }
 
+  /// The ids of the text that `pieces` make; special tokens in what was typed are text.
+  public func encode(_ pieces: [Piece]) throws -> [Int32] {
+    var bytes: [UInt8] = []
+    var plain: [Int] = []
+    for piece in pieces {
+      let begin = bytes.count
+      bytes += Array(piece.text.utf8)
+      if piece.typed { plain += [begin, bytes.count] }
+    }
+    var ids = [Int32](repeating: 0, count: bytes.count + 1)  // never more tokens than bytes
+    var count = 0
+    try handle.with { tokenizer in
+      try checked { line, size in
+        bytes.withUnsafeBytes { text in
+          cfmoe_tokenizer_encode_typed(
+            tokenizer, text.bindMemory(to: CChar.self).baseAddress, bytes.count, plain, plain.count / 2, &ids, ids.count, &count, line,
+            size)
+        }
+      }
+    }
+    return Array(ids.prefix(count))
+  }
+
   /// The whole characters that `token` completes.
   public func push(_ token: Int32) throws -> String {
     var text = [CChar](repeating: 0, count: Self.textBytes)

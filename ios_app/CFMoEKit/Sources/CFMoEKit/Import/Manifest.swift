@@ -17,6 +17,9 @@ public struct Manifest: Equatable, Sendable {
   public var quantisation: String
   /// Devices that the artifact has kernels for: cpu, metal, …
   public var devices: [String]
+  /// nil: the model has no chat template, or one that says more than `chat` can; then `chatAbsent` says what.
+  public var chat: ChatFormat?
+  public var chatAbsent: String
   /// By path inside the artifact; all but the manifest itself.
   public var files: [String: File]
 
@@ -61,6 +64,8 @@ public struct Manifest: Equatable, Sendable {
     topK = Int(clamping: try model.integer("top_k"))
     contextSize = Int(clamping: try model.integer("context_size"))
     quantisation = try root.object("quantisation").text("preset")
+    chat = root.isNull("chat") ? nil : try ChatFormat(root.object("chat"), vocabSize: model.integer("vocab_size"))
+    chatAbsent = root.isNull("chat_absent") ? "" : try root.text("chat_absent")
     devices = Set(try root.objects("targets").values.map { try $0.text("device") }).sorted()
   }
 }
@@ -93,6 +98,27 @@ struct Fields {
     return value
   }
 
+  /// Whether the field is null or missing.
+  func isNull(_ name: String) -> Bool { values[name] == nil || values[name] is NSNull }
+
+  func boolean(_ name: String) throws -> Bool {
+    guard let value = values[name] as? Bool else { throw wrong(name) }
+    return value
+  }
+
+  func texts(_ name: String) throws -> [String] {
+    guard let list = values[name] as? [String] else { throw wrong(name) }
+    return list
+  }
+
+  func integers(_ name: String) throws -> [UInt64] {
+    guard let list = values[name] as? [NSNumber] else { throw wrong(name) }
+    return try list.map { number in
+      guard let value = UInt64(exactly: number.doubleValue) else { throw wrong(name) }
+      return value
+    }
+  }
+
   func count(_ name: String) throws -> Int {
     guard let list = values[name] as? [Any] else { throw wrong(name) }
     return list.count
@@ -110,7 +136,7 @@ struct Fields {
     }
   }
 
-  private func wrong(_ name: String) -> CFMoEError {
+  func wrong(_ name: String) -> CFMoEError {
     .user("\(source) has no usable field \(name): give what `cfmoe compile` wrote")
   }
 }

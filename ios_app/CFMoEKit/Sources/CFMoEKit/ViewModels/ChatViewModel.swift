@@ -11,6 +11,10 @@ public struct ChatMessage: Equatable, Identifiable, Sendable {
   public var end: FinishReason?
   /// Of an answer that failed: the one line that says why.
   public var error: String?
+  /// Of an answer that has ended, in tokens/s; nil where it is too short.
+  public var speed: Double?
+  /// The conversation has become too long: only a new one helps, or a shorter message.
+  public var isTooLong = false
 }
 
 @MainActor
@@ -20,12 +24,17 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
     public var isAnswering = false
     /// Why nothing can be sent; nil if something can.
     public var obstacle: String? = "Choose a model first."
+    /// Where the model has no chat template that is used: that it continues text, and why.
+    public var continues: String?
     /// Of the last answer.
     public var tokensPerSecond: Double?
   }
 
   private let host: EngineHost
   private var conversation = 0
+  private var model: String?
+  private var context = EngineContext()
+  private var isForgetting = false
   private var answering: Task<Void, Never>?
   private var nextID = 0
 
@@ -39,29 +48,54 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
   /// Sends `text`; the answer comes into the state. Returns whether it could be sent.
   @discardableResult
   public func send(_ text: String) -> Bool {
-    guard !text.isEmpty, !state.isAnswering, state.obstacle == nil, let parts = host.parts, let tokenizer = parts.tokenizer else {
-      return false
-    }
-    let isFirst = state.messages.isEmpty
-    let answer = ChatMessage(id: nextID + 1, role: .model, text: "")
+    guard !text.isEmpty, canAsk else { return false }
+    ask { state in state.messages.append(ChatMessage(id: nextID, role: .user, text: text)) }
+    return true
+  }
+
+  /// Another answer to the last message, in place of the one that is there.
+  @discardableResult
+  public func answerAgain() -> Bool {
+    guard canAsk, state.messages.last?.role == .model else { return false }
+    ask { state in state.messages.removeLast() }
+    return true
+  }
+
+  private var canAsk: Bool { !state.isAnswering && !isForgetting && state.obstacle == nil && host.parts?.tokenizer != nil }
+
+  private func ask(_ change: (inout State) -> Void) {
+    guard let parts = host.parts, let tokenizer = parts.tokenizer else { return }
+    let id = nextID + 1
+    nextID += 2
     update { state in
-      state.messages += [ChatMessage(id: nextID, role: .user, text: text), answer]
+      change(&state)
+      state.messages.append(ChatMessage(id: id, role: .model, text: ""))
       state.isAnswering = true
     }
-    nextID += 2
-    let settings = host.settings
+    let settings = host.generation
+    let telling = context.tell(parts.format.prompt(turns(state.messages), system: settings.system, today: .today()))
+    var stop = StopText(parts.format.stopStrings)
     answering = Task { [weak self] in
       do {
-        let tokens = try tokenizer.encode(parts.format.turn(text, isFirst: isFirst))
+        let tokens = try tokenizer.encode(telling.pieces)
+        if telling.reset { try await parts.session.reset() }
+        let before = try await parts.session.metrics().decode
         let stream = parts.session.generate(
-          tokens, maxNewTokens: settings.maxNewTokens, sampling: settings.sampling, tokenizer: tokenizer)
-        for try await event in stream { self?.receive(event, answer.id) }
+          tokens, maxNewTokens: settings.maxNewTokens, sampling: settings.sampling(), stopTokens: parts.format.stopTokenIDs,
+          tokenizer: tokenizer)
+        for try await event in stream {
+          switch event {
+          case .token(let token):
+            self?.change(id) { $0.text += stop.push(token.text ?? "") }
+            if stop.found { parts.session.cancel() }
+          case .done(let done): self?.receive(done, stop.flush(), stop.found, before, id)
+          }
+        }
       } catch {
-        self?.fail(answer.id, CFMoEError.line(of: error))
+        self?.fail(id, CFMoEError.line(of: error))
       }
-      self?.answerEnded(answer.id)
+      self?.answerEnded(id)
     }
-    return true
   }
 
   /// Ends the answer that is coming; what has come stays.
@@ -69,29 +103,41 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
 
   /// Forgets the conversation.
   public func newChat() async {
+    isForgetting = true
     do {
       try await host.newConversation()
     } catch {
       update { $0.obstacle = CFMoEError.line(of: error) }
     }
+    isForgetting = false
   }
 
   /// Waits until no answer is coming.
   public func settle() async { await answering?.value }
 
-  private func receive(_ event: GenerationEvent, _ id: Int) {
+  private func receive(_ done: Generation, _ held: String, _ stopped: Bool, _ before: PhaseMetrics, _ id: Int) {
+    guard state.messages.last?.id == id else { return }
+    let tokens = done.metrics.decode.tokens - before.tokens
+    let seconds = done.metrics.decode.seconds - before.seconds
+    let speed = tokens > 0 && seconds > 0 ? Double(tokens) / seconds : nil
     change(id) { message in
-      switch event {
-      case .token(let token): message.text += token.text ?? ""
-      case .done(let done):
-        message.text += done.rest ?? ""
-        message.end = done.reason
-      }
+      message.text += held + (stopped ? "" : done.rest ?? "")
+      message.end = stopped ? .stop : done.reason
+      message.isTooLong = done.reason == .context
+      message.speed = speed
     }
-    if case .done(let done) = event { update { $0.tokensPerSecond = done.metrics.decode.tokensPerSecond } }
+    update { $0.tokensPerSecond = speed }
+    // What ended the answer is in the engine and not in the conversation.
+    if !stopped, let text = state.messages.last?.text { context.answered(text) }
   }
 
-  private func fail(_ id: Int, _ line: String) { change(id) { $0.error = line } }
+  private func fail(_ id: Int, _ line: String) {
+    change(id) { message in
+      message.isTooLong = line.contains("more than the context of")
+      message.error =
+        message.isTooLong ? "This message is too long for what is left of the conversation: shorten it, or begin a new chat." : line
+    }
+  }
 
   private func answerEnded(_ id: Int) {
     // A new conversation may have begun meanwhile, with an answer of its own.
@@ -117,10 +163,29 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
         state.obstacle = loaded.textError
         guard loaded.conversation != conversation else { return }
         conversation = loaded.conversation
-        state.messages = []
+        context.emptied()
+        let manifest = loaded.model.manifest
+        state.continues = manifest.chat == nil ? Self.continuesText(manifest.chatAbsent) : nil
         state.isAnswering = false
-        state.tokensPerSecond = nil
+        // The same model again, on another device or after a benchmark, is told the conversation with the next message.
+        if isForgetting || model != loaded.model.id {
+          state.messages = []
+          state.tokensPerSecond = nil
+        }
+        model = loaded.model.id
       }
     }
   }
+
+  private static func continuesText(_ absent: String) -> String {
+    absent.isEmpty
+      ? "This model has no chat template: it continues the text." : "The chat template is not used, the text is continued: \(absent)."
+  }
+}
+
+/// The conversation that the model shall know: what got no answer is not of it, but for the last.
+func turns(_ messages: [ChatMessage]) -> [Turn] {
+  let pairs = stride(from: 0, to: messages.count - 1, by: 2).map { Turn(user: messages[$0].text, answer: messages[$0 + 1].text) }
+  guard let last = pairs.last else { return [] }
+  return pairs.dropLast().filter { $0.answer?.isEmpty == false } + [Turn(user: last.user, answer: nil)]
 }

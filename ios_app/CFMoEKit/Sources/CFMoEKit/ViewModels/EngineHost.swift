@@ -6,8 +6,8 @@ public struct Settings: Equatable, Sendable {
   /// Of the model that is open; nil: all experts, as far as the memory that is available goes.
   public var budgetBytes: UInt64?
   public var placement = Placement.cpu
-  public var maxNewTokens = 512
-  public var sampling = Sampling.greedy
+  /// How answers are made where neither the user nor the model's authors say it.
+  public var plain = GenerationSettings()
 
   public init() {}
 }
@@ -44,7 +44,7 @@ public final class EngineHost: ViewModel<EngineHost.State> {
     let engine: Engine
     let session: Session
     let tokenizer: Tokenizer?
-    let format: PromptFormat
+    let format: ChatFormat
   }
 
   public var settings = Settings()
@@ -58,8 +58,14 @@ public final class EngineHost: ViewModel<EngineHost.State> {
   private var loads = 0
   private var observers: [@MainActor () -> Void] = []
 
-  /// devices: what this machine has.
-  public init(devices: [Device] = [.cpu], availableMemory: @escaping AvailableMemory = { nil }) {
+  private let store: SettingsStore
+  private var generations: [String: GenerationSettings]
+  private var recommended = GenerationSettings()
+
+  /// devices: what this machine has. settingsFile: where the settings of answers are kept; nil: nowhere.
+  public init(devices: [Device] = [.cpu], availableMemory: @escaping AvailableMemory = { nil }, settingsFile: URL? = nil) {
+    store = SettingsStore(file: settingsFile)
+    generations = store.read()
     machineDevices = devices
     self.availableMemory = availableMemory
     super.init(.empty)
@@ -97,10 +103,12 @@ public final class EngineHost: ViewModel<EngineHost.State> {
       let session = try await engine.makeSession()
       let text = Result { try Tokenizer(artifact: model.directory) }
       let opened = Parts(
-        engine: engine, session: session, tokenizer: try? text.get(), format: PromptFormat.of(artifact: model.directory))
+        engine: engine, session: session, tokenizer: try? text.get(), format: model.manifest.chat ?? .plain)
       var textError: String?
       if case .failure(let error) = text { textError = CFMoEError.line(of: error) }
       let warning = [refusal, try await engine.warning()].compactMap { $0 }.filter { !$0.isEmpty }.joined(separator: " ")
+      recommended = GenerationSettings.recommended(
+        model.directory.appendingPathComponent("generation_config.json"), otherwise: settings.plain)
       conversations += 1
       let loaded = Loaded(
         model: model, info: engine.model, placements: placements, placement: try engine.placement(),
@@ -126,6 +134,19 @@ public final class EngineHost: ViewModel<EngineHost.State> {
       let engine = try await Engine.open(artifact: model.directory, options: EngineOptions(budget: budget, placement: .cpu))
       return (engine, "The GPU cannot be used, the CPU computes: \(CFMoEError.line(of: refusal))")
     }
+  }
+
+  /// How answers of the open model are made.
+  public var generation: GenerationSettings {
+    guard let loaded else { return settings.plain }
+    return generations[loaded.model.id] ?? recommended
+  }
+
+  /// For the open model; nil: what its authors recommend. Throws where it cannot be kept for the app's next start.
+  public func setGeneration(_ settings: GenerationSettings?) throws {
+    guard let loaded else { return }
+    generations[loaded.model.id] = settings
+    try store.write(generations)
   }
 
   /// Opens the model again on other devices.
