@@ -426,7 +426,7 @@ def test_what_the_validator_refuses_is_an_error(tmp_path: Path, monkeypatch: pyt
     wrong.chmod(0o755)
     tool = spirv._tool
     monkeypatch.setattr(spirv, "_tool", lambda *names: str(wrong) if names == ("spirv-opt",) else tool(*names))
-    with pytest.raises(CFMoEError, match="spirv-val refuses the shader of kernel sound: .*bound"):
+    with pytest.raises(CFMoEError, match=r"spirv-val refuses the shader of kernel sound: .*bound"):
         spirv.assemble("sound", "#version 450\nvoid main() { }\n")
 
 
