@@ -15,7 +15,7 @@ from cfmoe.compile.codegen.kernel_set import KernelSet, build_source, build_vulk
 from cfmoe.compile.decoder_config import ClampedSwiglu
 from cfmoe.compile.kernels.attention import AttentionShape
 from cfmoe.compile.kernels.expert import ExpertShape, scratch_width
-from cfmoe.compile.kernels.gpu import attention, expert, linear, rope, rowwise
+from cfmoe.compile.kernels.gpu import attention, attention_decode, expert, linear, rope, rowwise
 from cfmoe.compile.kernels.gpu.profiles import PROFILES
 from cfmoe.compile.kernels.linear import LinearShape
 from cfmoe.errors import CFMoEError
@@ -114,6 +114,11 @@ def test_quantise_and_norms(run: Runner, rng: np.random.Generator, width: int) -
     np.testing.assert_allclose(result, normed, rtol=2e-5, atol=1e-6)
     result = run(lambda n: rowwise.rms_norm_quantise(n, p, 5, width, 1e-5), [x, weight, empty])[-1]
     np.testing.assert_allclose(values_of(result), normed, atol=np.abs(normed).max() / 250)
+    *_, plain, both = run(
+        lambda n: rowwise.rms_norm_quantise(n, p, None, width, 1e-5, both=True), [x, weight, np.zeros_like(x), empty], [5]
+    )
+    np.testing.assert_allclose(plain, normed, rtol=2e-5, atol=1e-6)
+    np.testing.assert_array_equal(both, result)
 
 
 def test_pointwise(run: Runner, rng: np.random.Generator) -> None:
@@ -129,7 +134,18 @@ def test_pointwise(run: Runner, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(result, b + a / (1 + np.exp(-gate[:, :1])), rtol=1e-5, atol=1e-6)
     rows, weights = rng.normal(size=(6, HIDDEN)).astype(np.float32), rng.random((3, 2)).astype(np.float32)
     result = run(lambda n: rowwise.combine(n, p, None, HIDDEN, 2), [a, rows, weights, out], [3])[-1]
-    np.testing.assert_allclose(result, a + (rows.reshape(3, 2, -1) * weights[..., None]).sum(1), rtol=1e-5, atol=1e-6)
+    expected = a + (rows.reshape(3, 2, -1) * weights[..., None]).sum(1)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    norm = rng.normal(size=HIDDEN).astype(np.float32)
+    normed = expected / np.sqrt((expected**2).mean(1, keepdims=True) + 1e-5) * norm
+    given = [a, rows, weights, norm, out]
+    *_, total, result = run(lambda n: rowwise.combine_norm(n, p, None, HIDDEN, 2, 1e-5, quantised=False), [*given, out], [3])
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result, normed, rtol=2e-5, atol=1e-6)
+    empty = np.full((3, HIDDEN // 32 * 10), -1, np.int32)
+    *_, total, result = run(lambda n: rowwise.combine_norm(n, p, 3, HIDDEN, 2, 1e-5, quantised=True), [*given, empty])
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(values_of(result), normed, atol=np.abs(normed).max() / 250)
 
 
 def test_rope_keeps_its_precision_far_from_the_start(run: Runner) -> None:
@@ -229,17 +245,48 @@ def test_attention(run: Runner, rng: np.random.Generator, kv: str, qk_norm: str)
     out = np.zeros((total, heads * value_dim), np.float32)
     chunks = [(0, 7), (7, 14), (14, 265), (265, 266), (266, 267), (267, 268)]
     for begin, end in chunks:
-        rows = 1 if end - begin == 1 else None
-        s = AttentionShape(heads, kv_heads, dim, value_dim, rotary, 0.2, window, sinks_on, qk_norm, 1e-5, kv, rows)
-        scalars = [begin, context, *([end - begin] if rows is None else [])]
+        s, tables = shape, table[begin:end]
+        if end - begin == 1:
+            for quantised in (True, False):
+                row, after = decode_attention(run, s, begin, context, qkv[begin:end], weights, sinks, tables, (keys, values), quantised)
+                if quantised:
+                    row = values_of(row).reshape(1, -1)
+                    np.testing.assert_allclose(row, expected[begin:end], atol=0.02 * np.abs(expected).max())
+            out[begin], (keys, values) = row, after
+            continue
+        scalars = [begin, context, end - begin]
         emit: Emit = lambda name, s=s: attention.append(name, run.profile, s)  # noqa: E731
-        *_, keys, values = run(emit, [qkv[begin:end], *weights[1:], table[begin:end], keys, values], scalars)
+        *_, keys, values = run(emit, [qkv[begin:end], *weights[1:], tables, keys, values], scalars)
         emit = lambda name, s=s: attention.attend(name, run.profile, s)  # noqa: E731
         # What nothing has written is not a number, so that reading it would show.
-        arrays = [qkv[begin:end], *weights[:1], *sinks, table[begin:end], keys, values, np.zeros_like(out[begin:end])]
+        arrays = [qkv[begin:end], *weights[:1], *sinks, tables, keys, values, np.zeros_like(out[begin:end])]
         out[begin:end] = run(emit, arrays, scalars)[-1]
     tolerance = 5e-3 if kv == "float16" else 2e-5
     np.testing.assert_allclose(out, expected, atol=tolerance * np.abs(expected).max())
+
+
+def decode_attention(
+    run: Runner,
+    shape: AttentionShape,
+    position: int,
+    context: int,
+    qkv: np.ndarray,
+    weights: list[np.ndarray],
+    sinks: list[np.ndarray],
+    table: np.ndarray,
+    caches: tuple[np.ndarray, np.ndarray],
+    quantised: bool,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The row (quantised or fp32) and the caches behind it."""
+    splits, width = run.profile.attention_splits, attention_decode.checked_width(shape)
+    scalars = [position, context]
+    emit: Emit = lambda name: attention_decode.parts(name, run.profile, shape, splits)  # noqa: E731
+    parts = np.full(attention_decode.parts_size(shape, splits), np.nan, np.float32)
+    parts = run(emit, [qkv, *weights, table, *caches, parts], scalars)[-1]
+    emit = lambda name: attention_decode.merge(name, run.profile, shape, splits, quantised)  # noqa: E731
+    row = np.zeros((1, width // 32 * 10), np.int32) if quantised else np.zeros((1, width), np.float32)
+    *_, keys, values, row = run(emit, [parts, *sinks, qkv, *weights[1:], table, *caches, row], scalars)
+    return row, (keys, values)
 
 
 def reference_attention(

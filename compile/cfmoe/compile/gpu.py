@@ -19,7 +19,9 @@ from cfmoe.compile.kernels.gpu import expert
 from cfmoe.compile.kernels.gpu.profile import Profile
 from cfmoe.compile.kernels.gpu.profiles import PROFILES
 from cfmoe.compile.passes import pipeline
+from cfmoe.compile.passes.fuse_row_kernels import FuseRowKernels
 from cfmoe.compile.passes.lower_to_gpu_kernels import GpuKernels, LowerToGpuKernels
+from cfmoe.compile.passes.split_decode_attention import SplitDecodeAttention
 from cfmoe.errors import CFMoEError
 
 DEVICES = {"vulkan": "kernels.spv", "opencl": "kernels.cl", "metal": "kernels.metal"}
@@ -70,7 +72,8 @@ def build(
     found = GpuKernels()
     mod, parameters = Decoder(config, quantisation, gathers=True).export()
     bounds = plan.symbol_bounds(config, chunk)
-    mod = pipeline.run(mod, LowerToGpuKernels(target.profile, found), bounds, dump_ir)
+    first = [SplitDecodeAttention(target.profile.attention_splits)]
+    mod = pipeline.run(mod, LowerToGpuKernels(target.profile, found), bounds, dump_ir, first, [FuseRowKernels()])
     found.functions |= expert_kernels(target.profile, config, quantisation)
     if dump_ir is not None:
         (dump_ir / "99_kernels.py").write_text("\n".join(f.script() for _, f in sorted(found.functions.items())))

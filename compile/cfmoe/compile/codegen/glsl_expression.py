@@ -55,6 +55,7 @@ _FUNCTIONS = {
     "fma": "fma",
 }
 _COMPONENTS = "xyzw"
+_WIDTHS = (2, 4)  # of vectors in memory
 _PREFIXES = {"bool": "b", "int": "i", "uint": "u", "float": ""}  # of vectors
 
 
@@ -140,6 +141,7 @@ class Expressions:
         if dtype.bits != 32 and (dtype.kind, dtype.bits) != ("float", 16):
             raise self.unsupported(f"a buffer of {pointer.ty.element_type}")
         parameter = _Parameter(pointer, self.fresh(pointer.name), len(self.parameters), dtype)
+        self.taken |= {f"{parameter.name}_{width}" for width in _WIDTHS}  # what vectors of it are reached by
         self.parameters.append(parameter)
         self.memory[pointer] = parameter
 
@@ -220,7 +222,7 @@ class Expressions:
         if walk.constant(index.stride) != 1:
             raise self.unsupported("strided vector access")
         lanes = walk.dtype(index).lanes
-        if lanes not in (2, 4):
+        if lanes not in _WIDTHS:
             raise self.unsupported(f"vectors of {lanes} lanes")
         return index.base, lanes
 

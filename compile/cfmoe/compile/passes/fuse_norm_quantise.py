@@ -1,4 +1,4 @@
-"""Fuses an RMS norm with the quantisation that alone reads it: the normalised row never reaches memory."""
+"""Fuses an RMS norm, or the merge of a row's attention, with the quantisation that alone reads it: the row never reaches memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from cfmoe.compile.passes import packed_call
+
+_FUSED = {"rms_norm": "rms_norm_quantise", "attention_merge": "attention_merge_quantise"}
 
 
 @mutator
@@ -22,10 +24,10 @@ class _Rewriter(PyExprMutator):
         quantise = packed_call.read(call)
         if quantise is None or quantise.name != "quantise" or quantise.tensors[0] not in self.once:
             return call
-        norm = packed_call.read(self.lookup_binding(quantise.tensors[0]))
-        if norm is None or norm.name != "rms_norm":
+        source = packed_call.read(self.lookup_binding(quantise.tensors[0]))
+        if source is None or source.name not in _FUSED:
             return call
-        return packed_call.write("rms_norm_quantise", norm.tensors, norm.attributes, quantise.out_type)
+        return packed_call.write(_FUSED[source.name], source.tensors, source.attributes, quantise.out_type, source.scalars)
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseNormQuantise")

@@ -14,18 +14,18 @@ from tvm import relax, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from cfmoe.compile.codegen import walk
-from cfmoe.compile.kernels.attention import AttentionShape
-from cfmoe.compile.kernels.gpu import attention, linear, rope, rowwise
+from cfmoe.compile.kernels.gpu import attention, attention_decode, linear, rope, rowwise
 from cfmoe.compile.kernels.gpu.profile import Profile
 from cfmoe.compile.kernels.linear import LinearShape
 from cfmoe.compile.passes import packed_call
 from cfmoe.compile.passes.lower_to_kernels import HOST_STEPS
 from cfmoe.compile.passes.packed_call import PackedCall
+from cfmoe.compile.passes.split_decode_attention import attention_shape
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """One kernel of an operation; `buffers` are places among the operation's tensors and, last, its output."""
+    """One kernel of an operation; `buffers` are places among the operation's tensors and, last, its results."""
 
     kernel: str
     buffers: tuple[int, ...]
@@ -53,7 +53,7 @@ class _Emitters:
         """The kernels of an operation whose output has `rows` rows; None: as many as the call says."""
         if op.name == "attention":
             return self._attention(op, rows)
-        everything = range(len(op.tensors) + 1)
+        everything = range(len(op.tensors) + len(op.out_types))
         return [("", lambda name: self._single(op, rows, name), everything)]
 
     def _single(self, op: PackedCall, rows: int | None, name: str) -> tirx.PrimFunc:
@@ -62,6 +62,11 @@ class _Emitters:
         if op.name in ("linear", "linear_residual"):
             shape = LinearShape(a[0], a[1], a[2], rows, bias=bool(a[3]), residual=op.name == "linear_residual")
             return linear.linear(name, p, shape)
+        if op.name.startswith("attention_"):
+            split, splits = attention_shape(op, rows), a[-1]
+            if op.name == "attention_parts":
+                return attention_decode.parts(name, p, split, splits)
+            return attention_decode.merge(name, p, split, splits, quantised=op.name == "attention_merge_quantise")
         emitters: dict[str, Callable[[], tirx.PrimFunc]] = {
             "add": lambda: rowwise.add_rows(name, p, rows, width),
             "embedding": lambda: linear.embedding(name, p, a[0], a[1], a[2], rows),
@@ -69,6 +74,8 @@ class _Emitters:
             "latent_heads": lambda: rowwise.latent_heads(name, p, rows, *a),
             "rms_norm": lambda: rowwise.rms_norm(name, p, rows, width, a[0]),
             "rms_norm_quantise": lambda: rowwise.rms_norm_quantise(name, p, rows, width, a[0]),
+            "rms_norm_both": lambda: rowwise.rms_norm_quantise(name, p, rows, width, a[0], both=True),
+            "combine_norm": lambda: rowwise.combine_norm(name, p, rows, width, a[0], a[1], quantised=bool(a[2])),
             "quantise": lambda: rowwise.quantise(name, p, rows, width),
             "silu_mul": lambda: rowwise.silu_mul(name, p, rows, width // 2),
             "gated_add": lambda: rowwise.gated_add(name, p, rows, width, int(op.tensors[1].ty.shape[1])),
@@ -77,12 +84,10 @@ class _Emitters:
         return emitters[op.name]()
 
     def _attention(self, op: PackedCall, rows: int | None) -> Parts:
-        heads, kv_heads, dim, value_dim, rotary, scale, window, sinks, qk_norm, eps = op.attributes
-        cache = str(op.tensors[-1].ty.dtype)
-        shape = AttentionShape(heads, kv_heads, dim, value_dim, rotary, scale, window, bool(sinks), qk_norm, eps, cache, rows)
-        normed, last = qk_norm != "none", len(op.tensors)
+        shape = attention_shape(op, rows)
+        normed, last = shape.qk_norm != "none", len(op.tensors)
         append = (0, *((2,) if normed else ()), *range(last - 3, last))
-        attend = (0, *((1,) if normed else ()), *((last - 4,) if sinks else ()), *range(last - 3, last), last)
+        attend = (0, *((1,) if normed else ()), *((last - 4,) if shape.sinks else ()), *range(last - 3, last), last)
         p = self.profile
         return [
             ("append", lambda name: attention.append(name, p, shape), append),
@@ -104,14 +109,14 @@ class _Lowering(PyExprMutator):
             op = PackedCall("add", list(call.args), [], [], call.ty)
         if op is None or op.name in HOST_STEPS:
             return call
-        rows = op.out_type.shape[0]
+        rows = op.out_types[0].shape[0]
         static_rows = int(rows.value) if type(rows).__name__ == "IntImm" else None
         types = tuple(str(t.ty) for t in op.tensors)
         key = (op.name, static_rows, tuple(op.attributes), types if static_rows is not None else (self.phase, *types))
         if key not in self.names:
             self.names[key] = self._emit(op, static_rows)
         args = relax.Tuple([*op.tensors, *op.scalars])
-        return relax.op.call_dps_packed(self.names[key], args, op.out_type)
+        return relax.op.call_dps_packed(self.names[key], args, op.out_types if len(op.out_types) > 1 else op.out_type)
 
     def _emit(self, op: PackedCall, rows: int | None) -> str:
         number = sum(1 for k in self.names if k[0] == op.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ PREFIX = "cfmoe."
 
 @dataclass(frozen=True)
 class PackedCall:
-    """One abstract operation: tensors, scalars known at run time, and attributes known now."""
+    """One abstract operation: tensors, scalars known at run time, and attributes known now. A tuple is the type of several results."""
 
     name: str
     tensors: list[Any]
     scalars: list[Any]
     attributes: list[Any]
     out_type: Any
+
+    @property
+    def out_types(self) -> list[Any]:
+        return list(self.out_type.fields) if hasattr(self.out_type, "fields") else [self.out_type]
 
 
 def read(expr: Any) -> PackedCall | None:
@@ -43,13 +47,16 @@ def read(expr: Any) -> PackedCall | None:
     return PackedCall(name.removeprefix(PREFIX), tensors, scalars, attributes, expr.ty)
 
 
-def write(name: str, tensors: list[Any], attributes: list[Any], out_type: Any) -> relax.Call:
-    """A call of operation `name` with one result; attributes are ints, floats and strings."""
+def write(name: str, tensors: list[Any], attributes: list[Any], out_type: Any, scalars: Sequence[Any] = ()) -> relax.Call:
+    """A call of operation `name` with a result of type `out_type`, or a tuple of results for a list.
+
+    Attributes are ints, floats and strings, scalars what is known at run time.
+    """
 
     def convert(value: Any) -> Any:
         return ir.StringImm(value) if isinstance(value, str) else relax.prim_value(value)
 
-    args = relax.Tuple([*tensors, *(convert(a) for a in attributes)])
+    args = relax.Tuple([*tensors, *scalars, *(convert(a) for a in attributes)])
     return relax.op.call_dps_packed(PREFIX + name, args, out_type)
 
 

@@ -12,11 +12,15 @@ from cfmoe.compile.passes.fuse_linear_residual import FuseLinearResidual
 from cfmoe.compile.passes.fuse_norm_quantise import FuseNormQuantise
 
 
-def phases(lowering: tvm.transform.Pass) -> list[tuple[str, Sequence[tvm.transform.Pass]]]:
-    """(name, passes) in order; `lowering` replaces abstract operations by kernels of a target."""
+def phases(
+    lowering: tvm.transform.Pass, first: Sequence[tvm.transform.Pass] = (), last: Sequence[tvm.transform.Pass] = ()
+) -> list[tuple[str, Sequence[tvm.transform.Pass]]]:
+    """(name, passes) in order; `lowering` replaces abstract operations by kernels of a target, which may want passes `first` and `last`."""
     return [
+        *([("prepare", first)] if first else []),
         ("fuse_norm_quantise", [FuseNormQuantise()]),
         ("fuse_linear_residual", [FuseLinearResidual()]),
+        *([("fuse_for_target", last)] if last else []),
         ("lower_to_kernels", [lowering]),
         ("legalise", [relax.transform.LegalizeOps(), relax.transform.DeadCodeElimination(["prefill", "decode", "head"])]),
         (
@@ -42,7 +46,14 @@ def bound_symbols(mod: tvm.IRModule, bounds: dict[str, int]) -> tvm.IRModule:
     return mod
 
 
-def run(mod: tvm.IRModule, lowering: tvm.transform.Pass, bounds: dict[str, int], dump_ir: Path | None = None) -> tvm.IRModule:
+def run(
+    mod: tvm.IRModule,
+    lowering: tvm.transform.Pass,
+    bounds: dict[str, int],
+    dump_ir: Path | None = None,
+    first: Sequence[tvm.transform.Pass] = (),
+    last: Sequence[tvm.transform.Pass] = (),
+) -> tvm.IRModule:
     """Runs every phase; with `dump_ir` writes `NN_phase.py` after each."""
     mod = bound_symbols(mod, bounds)
 
@@ -52,7 +63,7 @@ def run(mod: tvm.IRModule, lowering: tvm.transform.Pass, bounds: dict[str, int],
             (dump_ir / f"{number:02}_{name}.py").write_text(mod.script())
 
     dump(0, "decoder")
-    for number, (name, passes) in enumerate(phases(lowering), 1):
+    for number, (name, passes) in enumerate(phases(lowering, first, last), 1):
         mod = tvm.transform.Sequential(list(passes))(mod)
         dump(number, name)
     return mod

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from cfmoe.compile.kernels.attention import LANES, NEGATIVE, AttentionShape
-from cfmoe.compile.kernels.builder import Expr, f32
+from cfmoe.compile.kernels.builder import Buffer, Expr, f32
 from cfmoe.compile.kernels.gpu.builder import (
     barrier,
     build,
@@ -39,11 +39,11 @@ def elements_per_word(shape: AttentionShape) -> int:
     return 2 if shape.kv_dtype == "float16" else 1
 
 
-def _cache_dtype(shape: AttentionShape) -> str:
+def cache_dtype(shape: AttentionShape) -> str:
     return "int32" if shape.kv_dtype == "float16" else "float32"
 
 
-def _unpack(shape: AttentionShape, word: Expr) -> list[Expr]:
+def unpack(shape: AttentionShape, word: Expr) -> list[Expr]:
     """The elements of a word of a cache."""
     if elements_per_word(shape) == 1:
         return [let("cached", word)]
@@ -51,7 +51,7 @@ def _unpack(shape: AttentionShape, word: Expr) -> list[Expr]:
     return [lane(pair, 0), lane(pair, 1)]
 
 
-def _pack(shape: AttentionShape, values: Sequence[Expr]) -> Expr:
+def pack(shape: AttentionShape, values: Sequence[Expr]) -> Expr:
     return values[0] if len(values) == 1 else extern("int32", "pack_half2", *values)
 
 
@@ -60,9 +60,8 @@ def append(name: str, profile: Profile, shape: AttentionShape) -> tirx.PrimFunc:
 
     Writes keys and values of the n tokens at `position`. A workgroup writes the positions that share a word of K.
     """
-    dim, value_dim, kv_heads = shape.head_dim, shape.value_dim, shape.kv_heads
-    per, count = elements_per_word(shape), profile.row_threads
-    cache = _cache_dtype(shape)
+    kv_heads, per, count = shape.kv_heads, elements_per_word(shape), profile.row_threads
+    cache = cache_dtype(shape)
     normed = shape.qk_norm != "none"
     names = {"qkv": "float32", **({"k_norm": "float32"} if normed else {}), "rope": "float32", "k_cache": cache, "v_cache": cache}
 
@@ -75,34 +74,53 @@ def append(name: str, profile: Profile, shape: AttentionShape) -> tirx.PrimFunc:
         with threads((kv_heads, slots), (count,)) as ((head, slot), (thread,)):
             memory = shared("memory", count) if normed else None
             first = let("first_place", (position & i32(-per)) + slot * i32(per))
-            rows, inverses, valid = [], [], []
-            for i in range(per):
-                row = let("place_row", first + i32(i) - position)
-                valid.append(let("valid", T.And(row >= i32(0), row < n)))
-                rows.append(let("row", T.max(T.min(row, n - i32(1)), i32(0))))
-                inverses.append(rotation.inverse_rms(rows[i], head, memory, thread, count) if memory is not None else None)
-            blocks = context >> i32(4)
-            words = LANES // per
-            key_at = let("key_at", (head * blocks + (first >> i32(4))) * i32(dim * words))
-            key_at = let("key_at", key_at + ((first & i32(LANES - 1)) >> i32(per - 1)))
-            with when(valid[0] if per == 1 else T.Or(*valid)):
-                for place in strided("d", thread, count, dim):
-                    with place as d:
-                        target = let("target", key_at + d * i32(words))
-                        old = _unpack(shape, load(keys, target))
-                        fresh = [rotation.element(rows[i], head, d, inverses[i]) for i in range(per)]
-                        store(keys, target, _pack(shape, [T.Select(valid[i], fresh[i], old[i]) for i in range(per)]))
-            offset = (shape.heads + kv_heads) * dim
-            for i in range(per):
-                with when(valid[i]):
-                    source = let("source", rows[i] * i32(shape.qkv_width) + i32(offset) + head * i32(value_dim))
-                    value_at = let("value_at", (head * context + first + i32(i)) * i32(value_dim // per))
-                    for place in strided("column", thread, count, value_dim // per):
-                        with place as column:
-                            value = [load(qkv, source + column * i32(per) + i32(j)) for j in range(per)]
-                            store(values, value_at + column, _pack(shape, value))
+            append_places(rotation, keys, values, position, context, n, head, first, memory, thread, count)
 
     return build(name, body)
+
+
+def append_places(
+    rotation: Rotation,
+    keys: Buffer,
+    values: Buffer,
+    position: Expr,
+    context: Expr,
+    n: Expr,
+    head: Expr,
+    first: Expr,  # the first of the places that share a word of K
+    memory: Buffer | None,  # a fp32 element per thread, where keys are normed
+    thread: Expr,
+    count: int,
+) -> None:
+    """Writes what the n rows at `position` have for these places of a head of keys and values."""
+    shape, qkv = rotation.shape, rotation.qkv
+    dim, value_dim, kv_heads, per = shape.head_dim, shape.value_dim, shape.kv_heads, elements_per_word(shape)
+    rows, inverses, valid = [], [], []
+    for i in range(per):
+        row = let("place_row", first + i32(i) - position)
+        valid.append(let("valid", T.And(row >= i32(0), row < n)))
+        rows.append(let("row", T.max(T.min(row, n - i32(1)), i32(0))))
+        inverses.append(rotation.inverse_rms(rows[i], head, memory, thread, count) if memory is not None else None)
+    blocks = context >> i32(4)
+    words = LANES // per
+    key_at = let("key_at", (head * blocks + (first >> i32(4))) * i32(dim * words))
+    key_at = let("key_at", key_at + ((first & i32(LANES - 1)) >> i32(per - 1)))
+    with when(valid[0] if per == 1 else T.Or(*valid)):
+        for place in strided("d", thread, count, dim):
+            with place as d:
+                target = let("target", key_at + d * i32(words))
+                old = unpack(shape, load(keys, target))
+                fresh = [rotation.element(rows[i], head, d, inverses[i]) for i in range(per)]
+                store(keys, target, pack(shape, [T.Select(valid[i], fresh[i], old[i]) for i in range(per)]))
+    offset = (shape.heads + kv_heads) * dim
+    for i in range(per):
+        with when(valid[i]):
+            source = let("source", rows[i] * i32(shape.qkv_width) + i32(offset) + head * i32(value_dim))
+            value_at = let("value_at", (head * context + first + i32(i)) * i32(value_dim // per))
+            for place in strided("column", thread, count, value_dim // per):
+                with place as column:
+                    value = [load(qkv, source + column * i32(per) + i32(j)) for j in range(per)]
+                    store(values, value_at + column, pack(shape, value))
 
 
 def attend(name: str, profile: Profile, shape: AttentionShape) -> tirx.PrimFunc:
@@ -119,7 +137,7 @@ class _Attend:
     def __init__(self, profile: Profile, shape: AttentionShape) -> None:
         self.shape = shape
         self.count = profile.attention_threads
-        self.rows = 1 if shape.rows == 1 else profile.attention_rows
+        self.rows = profile.attention_rows
         self.per = elements_per_word(shape)
         self.span = self.count * self.per  # positions of a pass
         self.value_words = shape.value_dim // self.per
@@ -128,7 +146,7 @@ class _Attend:
 
     def body(self) -> None:
         s = self.shape
-        cache = _cache_dtype(s)
+        cache = cache_dtype(s)
         normed = s.qk_norm != "none"
         names = {"qkv": "float32", **({"q_norm": "float32"} if normed else {}), **({"sinks": "float32"} if s.sinks else {})}
         names |= {"rope": "float32", "k_cache": cache, "v_cache": cache, "out": "float32"}
@@ -189,7 +207,7 @@ class _Attend:
                 cached = [load(self.params["k_cache"], at + (step * i32(unroll) + i32(u)) * i32(words)) for u in range(unroll)]
                 cached = [let("key_word", word) for word in cached]
                 for u, word in enumerate(cached):
-                    keys = _unpack(s, word)
+                    keys = unpack(s, word)
                     for r in range(self.rows):
                         q = let("q", load(self.query, i32(r * s.head_dim + u) + step * i32(unroll)))
                         for i, key in enumerate(keys):
@@ -275,7 +293,7 @@ class _Attend:
             with when(self._owned(group, word, column)), loop("step", steps) as step:
                 place = let("place", group + step * i32(self.groups))
                 cached = load(self.params["v_cache"], start + place * i32(self.value_words) + i32(column * self.count))
-                values = _unpack(self.shape, cached)
+                values = unpack(self.shape, cached)
                 for r in range(self.rows):
                     weight = let("weight", load(self.score, i32(r * self.span) + place))
                     for i, value in enumerate(values):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -136,28 +136,108 @@ def rms_norm(name: str, profile: Profile, rows: int | None, width: int, eps: flo
     return build(name, body)
 
 
-def rms_norm_quantise(name: str, profile: Profile, rows: int | None, width: int, eps: float) -> tirx.PrimFunc:
-    """(x fp32 [n, width], weight fp32 [width], out int32 [n, width / 32 * 10]; n): rms_norm, then quantise."""
+def rms_norm_quantise(name: str, profile: Profile, rows: int | None, width: int, eps: float, both: bool = False) -> tirx.PrimFunc:
+    """(x fp32 [n, width], weight fp32 [width], [normed fp32 [n, width]], out int32 [n, width / 32 * 10]; n): rms_norm, then quantise.
+
+    With `both` the row that is not quantised, too.
+    """
     count = profile.row_threads
+    names = {"x": "float32", "weight": "float32", **({"normed": "float32"} if both else {}), "out": "int32"}
 
     def body() -> None:
-        (x, weight, out), scalars = parameters(row_scalars(rows), x="float32", weight="float32", out="int32")
+        buffers, scalars = parameters(row_scalars(rows), **names)
+        x, weight, out = buffers[0], buffers[1], buffers[-1]
         with threads((_rows(rows, scalars),), (count,)) as ((row,), (thread,)):
             memory, sums = shared("memory", count), shared("sum_of", count, "int32")
             start = let("start", row * i32(width))
             inverse = _inverse_rms(x, start, width, eps, memory, thread, count)
-            chunk = count * _WIDE
-            for first in range(0, width, chunk):
-                at = let("column", thread * i32(_WIDE) + i32(first))
-                valid = at < i32(width) if first + chunk > width else None
-                safe = let("safe", T.min(at, i32(width - _WIDE))) if valid is not None else at
+            for at, safe, valid in _fours(thread, count, width):
                 vector = let("values", load(x, start + safe, _WIDE))
-                scale = let("weights", load(weight, safe, _WIDE))
-                values = [let("value", lane(vector, i) * inverse * lane(scale, i)) for i in range(_WIDE)]
-                group = let("group", row * i32(width // GROUP * 10) + (at >> i32(5)) * i32(10))
-                quantise_words(out, group, memory, sums, thread, values, valid)
+                _norm_four(
+                    [lane(vector, i) for i in range(_WIDE)],
+                    inverse,
+                    weight,
+                    start,
+                    (at, safe, valid),
+                    buffers[2] if both else None,
+                    (out, let("group", row * i32(width // GROUP * 10) + (at >> i32(5)) * i32(10)), memory, sums, thread),
+                )
 
     return build(name, body)
+
+
+def _fours(thread: Expr, count: int, width: int) -> Iterator[tuple[Expr, Expr, Expr | None]]:
+    """(first of four elements of the thread, the same within the row, whether they are in the row; None: always) until the row ends."""
+    chunk = count * _WIDE
+    for first in range(0, width, chunk):
+        at = let("column", thread * i32(_WIDE) + i32(first))
+        valid = at < i32(width) if first + chunk > width else None
+        yield at, let("safe", T.min(at, i32(width - _WIDE))) if valid is not None else at, valid
+
+
+def _norm_four(
+    values: list[Expr],
+    inverse: Expr,
+    weight: Buffer,
+    start: Expr,
+    place: tuple[Expr, Expr, Expr | None],
+    normed: Buffer | None,
+    quantised: tuple[Buffer, Expr, Buffer, Buffer, Expr] | None,  # arguments of quantise_words
+) -> None:
+    """Norms four elements of the row that starts at `start`, into `normed`, as groups of codes, or both."""
+    at, safe, valid = place
+    scale = let("weights", load(weight, safe, _WIDE))
+    values = [let("value", value * inverse * lane(scale, i)) for i, value in enumerate(values)]
+    if normed is not None:
+        with when(valid):
+            for i, value in enumerate(values):
+                store(normed, start + at + i32(i), value)
+    if quantised is not None:
+        quantise_words(*quantised, values, valid)
+
+
+def combine_norm(name: str, profile: Profile, rows: int | None, width: int, top_k: int, eps: float, quantised: bool) -> tirx.PrimFunc:
+    """(residual fp32 [n, width], rows fp32 [n * top_k, width], weights fp32 [n, top_k], norm's weight fp32 [width],
+    out fp32 [n, width], normed; n): combine, then rms_norm of what it gives, or rms_norm_quantise.
+    """
+    count = profile.row_threads
+
+    def body() -> None:
+        names = _floats("residual", "rows", "weights", "weight", "out") | {"normed": "int32" if quantised else "float32"}
+        (residual, chosen, weights, weight, out, normed), scalars = parameters(row_scalars(rows), **names)
+        with threads((_rows(rows, scalars),), (count,)) as ((row,), (thread,)):
+            memory = shared("memory", count)
+            sums = shared("sum_of", count, "int32") if quantised else None
+            start = let("start", row * i32(width))
+            acc = local("acc", 1)
+            store(acc, 0, f32(0.0))
+            for at, _, valid in _fours(thread, count, width):
+                with when(valid):
+                    v = [kept("total", value) for value in _combined(residual, chosen, weights, row, at, width, top_k)]
+                    for i, value in enumerate(v):
+                        store(out, start + at + i32(i), value)
+                    store(acc, 0, load(acc, 0) + (v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3]))
+            total = reduce_workgroup(memory, thread, count, load(acc, 0), add)
+            inverse = let("inverse_rms", f32(1.0) / T.sqrt(total / f32(float(width)) + f32(eps)))
+            # A thread reads again what it wrote itself.
+            for at, safe, valid in _fours(thread, count, width):
+                values = [let("element", load(out, start + safe + i32(i))) for i in range(_WIDE)]
+                group = let("group", row * i32(width // GROUP * 10) + (at >> i32(5)) * i32(10))
+                quantiser = (normed, group, memory, sums, thread) if sums is not None else None
+                _norm_four(values, inverse, weight, start, (at, safe, valid), None if quantised else normed, quantiser)
+
+    return build(name, body)
+
+
+def _combined(residual: Buffer, chosen: Buffer, weights: Buffer, row: Expr, column: Expr, width: int, top_k: int) -> list[Expr]:
+    """Four elements of the sum of the experts' rows in routing order."""
+    first = let("residual_values", load(residual, row * i32(width) + column, _WIDE))
+    totals = [lane(first, i) for i in range(_WIDE)]
+    for k in range(top_k):
+        at = let("chosen", row * i32(top_k) + i32(k))
+        vector, weight = let("row_values", load(chosen, at * i32(width) + column, _WIDE)), let("weight", load(weights, at))
+        totals = [total + weight * lane(vector, i) for i, total in enumerate(totals)]
+    return totals
 
 
 def _pointwise(
