@@ -188,7 +188,7 @@ def test_a_full_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(tmp_path / "cache"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(native.shutil, "disk_usage", lambda _place: usage._replace(free=5 << 20))
-    with pytest.raises(CFMoEError, match=r"cache has 5 MiB free and .* takes 1024 MiB; free .*, or name another .*CFMOE_NATIVE_CACHE"):
+    with pytest.raises(CFMoEError, match=r"cache has 5 MiB free and .* takes 512 MiB; free .*, or name another .*CFMOE_NATIVE_CACHE"):
         native.build(native.PRESETS["ios-arm64"])
     assert not (tmp_path / "cache" / "build-ios-arm64").exists()
 
