@@ -69,6 +69,7 @@ def test_the_project_has_all_that_it_refers_to(demo_artifact: Path, archives: di
     assert sorted(path.name for path in out.iterdir()) == ["CFMoE", "package.json"]
     summary = json.loads((out / "package.json").read_text())
     assert (summary["platform"], out / summary["product"]) == ("ios", made.product)
+    assert any("compile with --target llvm,metal" in note for note in made.notes)
 
     project, app = XcodeProject.load(str(made.product / "project.pbxproj")), made.product.parent
     named = {**file_paths(project, app), **settings_paths(project, app)}
@@ -99,6 +100,7 @@ def test_kernels_for_metal_go_along(demo_artifact: Path, demo_model: Path, tmp_p
 
     metal = Artifact.open(compile_model(demo_model, tmp_path / "metal", targets=["metal"]))
     made = packager.package(metal.path, "ios", tmp_path / "out")
+    assert made.targets[-1] == "metal-generic" and not any("Metal" in note for note in made.notes)
     (model,) = (made.product.parent / "Model").iterdir()
     packed = Artifact.open(model)
     assert packed.verify() > 0

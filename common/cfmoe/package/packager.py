@@ -23,6 +23,7 @@ PLATFORMS = ("android", "ios")
 SUMMARY = "package.json"
 _ENGINE = "arm64-v8a/libcfmoe-engine.so"
 _NO_GPU = "the engine runs on the CPU alone: for GPUs set ANDROID_NDK_HOME to Android's NDK (r27 or newer) and package again"
+_NO_METAL = "the artifact has no metal target, so the app computes on the CPU alone: compile with --target llvm,metal and package again"
 _OVERHEAD = 64 << 20  # app, engine and what tools write meanwhile
 
 
@@ -128,16 +129,17 @@ def _android(
     else:
         objects, prefixes = [k.object_file for k in kernels], [k.prefix for k in kernels]
         engine, notes = native.build(PRESETS["linux-arm64"], objects, prefixes, progress), [_NO_GPU]
+    gpus = _gpu_targets(artifact, ("vulkan", "opencl")) if native.ndk() else []
     product = staging / f"{_name(artifact)}.apk"
     with tempfile.TemporaryDirectory(prefix=".assets-", dir=staging) as temporary:
         model = Path(temporary) / "models" / _name(artifact)
         model.mkdir(parents=True)
-        retarget(artifact, as_targets(kernels), model, keep=_gpu_targets(artifact, ("vulkan", "opencl")) if native.ndk() else ())
+        retarget(artifact, as_targets(kernels), model, keep=gpus)
         if os.environ.get("ANDROID_HOME"):
             build_with_gradle(root / "android_app", {_ENGINE: engine}, Path(temporary), product, keystore=keystore)
         else:
             build_apk(root / "android_app", {_ENGINE: engine}, Path(temporary), product, keystore=keystore, progress=progress)
-    return product, [k.name for k in kernels], notes
+    return product, [*(k.name for k in kernels), *gpus], notes
 
 
 def _ios(artifact: Artifact, root: Path, staging: Path, progress: Progress | None) -> tuple[Path, list[str], list[str]]:
@@ -150,6 +152,8 @@ def _ios(artifact: Artifact, root: Path, staging: Path, progress: Progress | Non
     with tempfile.TemporaryDirectory(prefix=".model-", dir=staging) as temporary:
         model = Path(temporary) / _name(artifact)
         model.mkdir()
-        retarget(artifact, as_targets(kernels), model, keep=_gpu_targets(artifact, ("metal",)))
+        metal = _gpu_targets(artifact, ("metal",))
+        retarget(artifact, as_targets(kernels), model, keep=metal)
         project = assemble(root / "ios_app", libraries, model, staging / "CFMoE", progress=progress)
-    return project, [k.name for k in kernels], ["open it with Xcode on a Mac and choose your team"]
+    notes = ["open it with Xcode on a Mac and choose your team", *([] if metal else [_NO_METAL])]
+    return project, [*(k.name for k in kernels), *metal], notes
