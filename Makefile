@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
             $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(p))) python3)
 BIN := .venv/bin
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --durations=15
 FUZZ_RUNS ?= 2000
 FUZZ_RUNS_FULL ?= 200000
 FUZZ_CAPI_RUNS_FULL ?= 40000
