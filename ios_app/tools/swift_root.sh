@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A Debian trixie root with the Swift compiler, for machines whose own Debian is older: sets it up once (as root, about 2.7 GB), and runs
-# commands in it.
+# A Debian trixie root with the Swift compiler, for machines whose own Debian is older: sets it up once (as root, 2.7 GB, minutes), and
+# runs commands in it.
 # Run as: swift_root.sh setup | swift_root.sh path | swift_root.sh run COMMAND [ARGUMENT...]
 # The root lies in $CFMOE_SWIFT_ROOT, or in the user's cache directory. `run` shows it the directories of $CFMOE_SWIFT_BINDS
-# (colon-separated), read-write,
-# under their own names, goes to the current directory if it is in one of them, and passes on LD_LIBRARY_PATH and what begins with CFMOE_.
+# (colon-separated), read-write, under their own names, goes to the current directory if it is in one of them, and passes on
+# LD_LIBRARY_PATH and what begins with CFMOE_.
 set -euo pipefail
 root=${CFMOE_SWIFT_ROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/cfmoe/swift-trixie}
 mirror=${CFMOE_DEBIAN_MIRROR:-http://deb.debian.org/debian}
