@@ -20,7 +20,9 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *APPS]
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-NAMED_FILE = re.compile(r"`((?:tests|benchmarks|scripts|runtime_ext|compile|common|tune|docs|ios_app|android_app|assets)/[\w./-]+\.\w+)`")
+NAMED_FILE = re.compile(
+    r"(?<![\w./-])((?:tests|benchmarks|scripts|runtime_ext|compile|common|tune|ios_app|android_app|assets)/[\w./-]+\.\w+)"
+)
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
