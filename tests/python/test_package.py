@@ -123,6 +123,22 @@ def test_a_failing_build_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "cache").rglob("cfmoe-engine"))
 
 
+def test_a_build_directory_of_elsewhere_is_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CMake refuses one that was made for another checkout, or in another place."""
+    monkeypatch.setenv("CFMOE_NATIVE_CACHE", str(tmp_path))
+    fake = tmp_path / "cmake"
+    fake.write_text("#!/bin/sh\necho 'error: not today'\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(native, "_tool", lambda name: fake)
+    directory = tmp_path / "build-ios-arm64"
+    for home, place, stays in ((ROOT, directory, True), (tmp_path, directory, False), (ROOT, tmp_path / "old", False)):
+        directory.mkdir(exist_ok=True)
+        (directory / "CMakeCache.txt").write_text(f"CMAKE_CACHEFILE_DIR:INTERNAL={place}\nCMAKE_HOME_DIRECTORY:INTERNAL={home}\n")
+        with pytest.raises(CFMoEError, match="not today"):
+            native.build(native.PRESETS["ios-arm64"])
+        assert directory.exists() == stays
+
+
 @contextlib.contextmanager
 def _build_that_never_ends(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A process in `native.build`, with a cache in `directory`, and the number of the compiler that it has started."""

@@ -138,10 +138,12 @@ def _digest(root: Path, preset: Preset, objects: Sequence[Path], prefixes: Seque
 
 
 def _remove_if_of_another(root: Path, directory: Path) -> None:
-    """A build directory serves one checkout."""
+    """A build directory serves one checkout, and cannot be moved."""
     cached = directory / "CMakeCache.txt"
-    if cached.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={root}\n" not in cached.read_text():
-        shutil.rmtree(directory)
+    if cached.is_file():
+        lines = set(cached.read_text().splitlines())
+        if not {f"CMAKE_HOME_DIRECTORY:INTERNAL={root}", f"CMAKE_CACHEFILE_DIR:INTERNAL={directory}"} <= lines:
+            shutil.rmtree(directory)
 
 
 def _run_cmake(
