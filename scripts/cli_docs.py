@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from cfmoe.cli.app import app
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 COMMANDS = (
@@ -39,11 +40,9 @@ def render() -> str:
 
 
 def _section(title: str, *arguments: str) -> str:
-    # A fixed width without colours, whatever terminal this runs in.
-    environment = os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "cfmoe.cli", *arguments, "--help"]
-    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    result = CliRunner().invoke(app, [*arguments, "--help"], prog_name="cfmoe", terminal_width=78, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lines = "\n".join(line.rstrip() for line in result.stdout.splitlines())
     return f"## {title}\n\n```\n{lines.strip()}\n```\n"
 
 
