@@ -4,7 +4,6 @@
 #include "kernel_bench.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -25,6 +24,7 @@
 #include "engine/plan.h"
 #include "error.h"
 #include "json_writer.h"
+#include "numbers.h"
 #include "store/aligned_buffer.h"
 #include "store/expert_store.h"
 
@@ -42,14 +42,6 @@ struct Options {
   uint64_t slab_bytes = uint64_t{2} << 30;
   bool json = false;
 };
-
-int64_t number(const std::string& option, const std::string& text, int64_t least, int64_t most) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-    throw Error(option + " " + text + " is no number from " + std::to_string(least) + " to " + std::to_string(most));
-  return value;
-}
 
 Options parse(const std::vector<std::string>& arguments) {
   Options options;
@@ -71,15 +63,15 @@ Options parse(const std::vector<std::string>& arguments) {
     } else if (name == "--experts") {
       for (size_t begin = 0; begin <= value.size();) {
         const size_t end = std::min(value.find(',', begin), value.size());
-        options.experts.push_back(static_cast<int32_t>(number(name, value.substr(begin, end - begin), 1, 256)));
+        options.experts.push_back(number<int32_t>(name, value.substr(begin, end - begin), 1, 256));
         begin = end + 1;
       }
     } else if (name == "--rounds") {
-      options.rounds = static_cast<int32_t>(number(name, value, 1, 1000));
+      options.rounds = number<int32_t>(name, value, 1, 1000);
     } else if (name == "--repeat") {
-      options.repeat = static_cast<int32_t>(number(name, value, 1, 1000));
+      options.repeat = number<int32_t>(name, value, 1, 1000);
     } else if (name == "--slab-mib") {
-      options.slab_bytes = static_cast<uint64_t>(number(name, value, 1, 4095)) << 20;
+      options.slab_bytes = number<uint64_t>(name, value, 1, 4095) << 20;
     } else {
       throw Error(name + " is unknown: see cfmoe-engine --help");
     }

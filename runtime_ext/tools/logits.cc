@@ -2,7 +2,6 @@
 // CPUs of every kind give the same digests.
 #include "logits.h"
 
-#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <memory>
@@ -12,6 +11,7 @@
 #include "cfmoe/cfmoe.h"
 #include "error.h"
 #include "json_writer.h"
+#include "numbers.h"
 
 namespace cfmoe::tools {
 namespace {
@@ -24,15 +24,6 @@ struct Options {
   uint32_t prompt_tokens = 100, new_tokens = 8;
   int32_t threads = 0;
 };
-
-template <typename Integer>
-Integer number(const std::string& option, const std::string& text, Integer least, Integer most) {
-  Integer value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-    throw Error(option + " " + text + " is no number from " + std::to_string(least) + " to " + std::to_string(most));
-  return value;
-}
 
 Options parse(const std::vector<std::string>& arguments) {
   Options options;
