@@ -13,9 +13,10 @@ import pytest
 import xxhash
 
 from cfmoe.artifact import Artifact
+from cfmoe.artifact.retarget import retarget
 from cfmoe.compile import compile_model
 from cfmoe.package import native
-from cfmoe.package.kernels import ARM64, phone_kernels
+from cfmoe.package.kernels import ARM64, as_targets, phone_kernels
 from cfmoe.runtime import Engine, Sampling, Tokenizer
 from engine_process import EngineProcess
 from support import ROOT, load_alignments
@@ -47,8 +48,13 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def artifact(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_model(demo_model, tmp_path_factory.mktemp("static") / "demo.cfmoe", targets=["llvm", *ARM64])
+def artifact(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with the targets of this machine and of phones."""
+    demo = Artifact.open(demo_artifact)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CFMOE_NATIVE_CACHE", str(ROOT / "build" / "native"))
+        kernels = as_targets(phone_kernels(demo))
+    return retarget(demo, kernels, tmp_path_factory.mktemp("static") / "demo.cfmoe", keep=list(demo.manifest.targets))
 
 
 @pytest.fixture
@@ -63,10 +69,12 @@ def test_the_executable_needs_nothing_and_fits_pages_of_16_kib(program: Path) ->
     assert min(load_alignments(program)) >= 16384
 
 
-def test_kernels_are_named_alike_by_compile_and_package(program: Path, artifact: Path) -> None:
+def test_kernels_are_named_alike_by_compile_and_package(artifact: Path, demo_model: Path, tmp_path: Path) -> None:
     """Whoever compiles the same shapes, and when, gets kernels of the same name: the engine of one package runs them all."""
-    targets = json.loads((artifact / "manifest.json").read_text())["targets"]
-    assert {k.entry["kernel_set"] for k in phone_kernels(Artifact.open(artifact))} == {targets[name]["kernel_set"] for name in ARM64}
+    compiled = Artifact.open(compile_model(demo_model, tmp_path / "demo.cfmoe", targets=["aarch64-dotprod"]))
+    names = {name: target.kernel_set for name, target in Artifact.open(artifact).manifest.targets.items() if name in ARM64}
+    assert names["aarch64-dotprod"] == compiled.manifest.targets["aarch64-dotprod"].kernel_set
+    assert len(set(names.values())) == len(ARM64)
 
 
 def test_logits_are_those_of_x86_64_on_the_target_that_each_cpu_can_take(program: Path, artifact: Path) -> None:

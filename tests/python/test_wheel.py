@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own: the base install runs artifacts without torch and without the compiler."""
+"""The source distribution, the wheel made of it, and an environment with that alone: it runs artifacts without torch and the compiler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,20 @@ def pip(python: Path | str, *arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sdist")
+    hook = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", hook, directory], cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    (archive,) = directory.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def installed(source_distribution: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     """Runs `cfmoe ARGUMENTS` as the wheel with its own dependencies, and nothing else, provides it."""
     directory = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", f"--config-settings=build-dir={directory / 'build'}")
-    pip(sys.executable, "wheel", ROOT, *options, "--wheel-dir", directory)
+    pip(sys.executable, "wheel", source_distribution, *options, "--wheel-dir", directory)
     (wheel,) = directory.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True, timeout=120)
     binaries = directory / "venv" / "bin"
@@ -38,6 +48,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         return subprocess.run(command, cwd=directory, env=environment, capture_output=True, encoding="utf-8", timeout=120, check=False)
 
     return call
+
+
+def test_the_source_distribution_is_the_checkout_without_what_was_built(source_distribution: Path) -> None:
+    with tarfile.open(source_distribution) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("assets", "cmake", "common", "compile", "runtime_ext", "third_party", "tune")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= names
+    built = [name for name in names if name.startswith(("build/", "out/", ".venv/")) or name.endswith((".so", ".o", ".pyc"))]
+    assert not built and {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def for_row_blocks(rows: Expr, static_rows: int | None, blocks: Sequence[int], e
     for size in blocks:
         with T.serial(i64(0), T.floordiv(left, i64(size))) as block:
             emit([let(done + block * i64(size) + i64(r)) for r in range(size)])
-        done, left = T.floordiv(rows, i64(size)) * i64(size), T.floormod(left, i64(size))
+        left = T.floormod(left, i64(size))
+        done = rows - left
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ def packed_size(fmt: Format, inputs: int, outputs: int) -> int:
     return padded(outputs) // TILE * (inputs // GROUP) * fmt.words
 
 
+def _nibbles(packed: Expr, lanes: int) -> list[Expr]:
+    """The lower and the upper four bits of every byte. ARM shifts bytes, which leaves nothing to mask."""
+    upper = T.reinterpret(f"uint8x{lanes * 4}", packed) >> splat(tirx.IntImm("uint8", 4), lanes * 4)
+    return [let(packed & splat(tirx.IntImm("int32", 0x0F0F0F0F), lanes)), let(T.reinterpret(f"int32x{lanes}", upper))]
+
+
 def _quantised_block(
     simd: Simd, fmt: Format, weights: Buffer, block: Expr, activation: Buffer, rows: Sequence[Expr], group: Expr, acc: Sequence[Buffer]
 ) -> None:
@@ -80,8 +86,7 @@ def _quantised_block(
         for word in range(code_words):
             packed = let(load(weights, block + i64(word * TILE) + first, lanes=lanes))
             if fmt.codes_per_word == 8:
-                mask = splat(tirx.IntImm("int32", 0x0F0F0F0F), lanes)
-                halves = [let(packed & mask), let((packed >> splat(tirx.IntImm("int32", 4), lanes)) & mask)]
+                halves = _nibbles(packed, lanes)
             elif signed:
                 halves = [let(packed ^ splat(tirx.IntImm("int32", -0x7F7F7F80), lanes))]
             else:
@@ -125,8 +130,7 @@ def _matrix_block(
             word = block + i64(eight * (code_words // 4) * TILE) + first
             low = let(load(weights, word, lanes=4))
             if fmt.codes_per_word == 8:
-                high = let(T.reinterpret("int32x4", T.reinterpret("uint8x16", low) >> splat(tirx.IntImm("uint8", 4), 16)))
-                low = let(low & splat(tirx.IntImm("int32", 0x0F0F0F0F), 4))
+                low, high = _nibbles(low, 4)
             else:
                 high = let(load(weights, word + i64(TILE), lanes=4))
             for two, lanes in enumerate(((0, 4, 1, 5), (2, 6, 3, 7))):
