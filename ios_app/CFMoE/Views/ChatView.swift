@@ -74,7 +74,7 @@ private struct MessageView: View {
 
   var body: some View {
     VStack(alignment: .leading, spacing: 4) {
-      Text(isComing && message.text.isEmpty ? "…" : message.text)
+      content
         .textSelection(.enabled)
         .padding(10)
         .background(message.role == .user ? Color.accentColor.opacity(0.2) : Color.secondary.opacity(0.12))
@@ -86,10 +86,25 @@ private struct MessageView: View {
     .accessibilityElement(children: .contain)
   }
 
+  private var content: some View {
+    VStack(alignment: .leading, spacing: 6) {
+      if !parts.thoughts.isEmpty { Text(parts.thoughts).font(.footnote).foregroundColor(.secondary) }
+      if isComing && message.text.isEmpty {
+        Text("…")
+      } else if !said.isEmpty {
+        Text(said)
+      }
+    }
+  }
+
+  private var parts: (thoughts: String, said: String) { message.role == .model ? chat.format.parts(message.text) : ("", message.text) }
+
+  private var said: String { parts.thoughts.isEmpty ? parts.said : parts.said.trimmingCharacters(in: .whitespacesAndNewlines) }
+
   private var actions: some View {
     HStack(spacing: 20) {
       if !message.text.isEmpty {
-        Button("Copy") { UIPasteboard.general.string = message.text }.accessibilityLabel("Copy this answer")
+        Button("Copy") { UIPasteboard.general.string = said.isEmpty ? message.text : said }.accessibilityLabel("Copy this answer")
       }
       if isLast && message.isTooLong {
         Button("New chat") { Task { await chat.model.newChat() } }.accessibilityLabel("Forget this conversation and begin a new one")

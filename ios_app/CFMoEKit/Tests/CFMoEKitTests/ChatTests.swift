@@ -58,6 +58,17 @@ final class ChatFormatTests: XCTestCase {
     XCTAssertEqual(ChatFormat.plain.prompt(turns, system: "s", today: .today()).map(\.text).joined(), " <n> <r>x")
   }
 
+  func testThoughtsAreToldFromWhatIsSaid() throws {
+    var thinks = try parsed(["thinking_end": "</think>"])
+    XCTAssertEqual(thinks.parts("so</think>\n yes").thoughts, "so</think>")
+    XCTAssertEqual(thinks.parts("so</think>\n yes").said, "\n yes")
+    XCTAssertEqual(thinks.parts("<think>so").said, "")
+    XCTAssertEqual(thinks.parts("yes <think>").thoughts, "")
+    thinks.reply = "<r><think>\n"
+    XCTAssertEqual(thinks.parts("so").thoughts, "so")
+    XCTAssertEqual(ChatFormat.plain.parts("<think>so</think>").said, "<think>so</think>")
+  }
+
   func testDamagedFormatsAreRefused() async throws {
     _ = try parsed(["system": NSNull()])
     let wrong: [[String: Any]] = [
@@ -105,8 +116,14 @@ final class ChatFormatTests: XCTestCase {
     func messages(_ texts: String...) -> [ChatMessage] {
       texts.enumerated().map { ChatMessage(id: $0, role: $0 % 2 == 0 ? .user : .model, text: $1) }
     }
-    XCTAssertEqual(turns(messages("a", "", "c", "")), [Turn(user: "c", answer: nil)])
-    XCTAssertEqual(turns(messages("a", "b", "c", "left over")), [Turn(user: "a", answer: "b"), Turn(user: "c", answer: nil)])
+    let last = Turn(user: "c", answer: nil)
+    XCTAssertEqual(turns(messages("a", "", "c", ""), .plain), [last])
+    XCTAssertEqual(turns(messages("a", " b", "c", "left over"), .plain), [Turn(user: "a", answer: " b"), last])
+    // The space that the template puts before an answer in the past is the one that the model has written.
+    var spaced = ChatFormat.plain
+    (spaced.reply, spaced.replied) = ("A:", "A: ")
+    XCTAssertEqual(turns(messages("a", " b", "c", ""), spaced), [Turn(user: "a", answer: "b"), last])
+    XCTAssertEqual(turns(messages("a", "b", "c", ""), spaced), [Turn(user: "a", answer: "b"), last])
   }
 }
 

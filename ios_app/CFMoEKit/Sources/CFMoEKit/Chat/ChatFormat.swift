@@ -167,6 +167,13 @@ public struct ChatFormat: Equatable, Sendable {
     return pieces.map { $0.typed ? $0 : Piece(dated($0.text, today)) }.filter { !$0.text.isEmpty }
   }
 
+  /// An answer as the template takes it: what stands before it in the past anyway, often a space, the model has written itself.
+  func said(_ answer: String) -> String {
+    guard replied.utf8.starts(with: reply.utf8) else { return answer }
+    let own = replied.utf8.dropFirst(reply.utf8.count)
+    return answer.utf8.starts(with: own) ? String(decoding: answer.utf8.dropFirst(own.count), as: UTF8.self) : answer
+  }
+
   /// What stays of an answer once it lies in the past.
   public func past(_ answer: String) -> String {
     var kept = answer
@@ -179,6 +186,17 @@ public struct ChatFormat: Equatable, Sendable {
       }
     }
     return trimAnswer ? Self.trimmed(kept) : kept
+  }
+
+  /// Thoughts in front of an answer, and what it says; all of it is thought while it still thinks.
+  public func parts(_ answer: String) -> (thoughts: String, said: String) {
+    guard !thinkingEnd.isEmpty else { return ("", answer) }
+    if let end = answer.range(of: thinkingEnd, options: [.backwards, .literal]) {
+      return (String(answer[..<end.upperBound]), String(answer[end.upperBound...]))
+    }
+    let begin = thinkingEnd.filter { $0 != "/" }
+    let isThinking = reply.contains(begin) || answer.drop { $0.isWhitespace }.hasPrefix(begin)
+    return isThinking ? (answer, "") : ("", answer)
   }
 
   /// `text` with the date of `today` where the template has one.

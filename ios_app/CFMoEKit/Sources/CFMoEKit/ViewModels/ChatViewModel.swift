@@ -24,6 +24,8 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
     public var isAnswering = false
     /// Why nothing can be sent; nil if something can.
     public var obstacle: String? = "Choose a model first."
+    /// How the model's conversations are written.
+    public var format = ChatFormat.plain
     /// Where the model has no chat template that is used: that it continues text, and why.
     public var continues: String?
     /// Of the last answer.
@@ -73,7 +75,7 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
       state.isAnswering = true
     }
     let settings = host.generation
-    let telling = context.tell(parts.format.prompt(turns(state.messages), system: settings.system, today: .today()))
+    let telling = context.tell(parts.format.prompt(turns(state.messages, parts.format), system: settings.system, today: .today()))
     var stop = StopText(parts.format.stopStrings)
     answering = Task { [weak self] in
       do {
@@ -165,6 +167,7 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
         conversation = loaded.conversation
         context.emptied()
         let manifest = loaded.model.manifest
+        state.format = manifest.chat ?? .plain
         state.continues = manifest.chat == nil ? Self.continuesText(manifest.chatAbsent) : nil
         state.isAnswering = false
         // The same model again, on another device or after a benchmark, is told the conversation with the next message.
@@ -184,8 +187,10 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
 }
 
 /// The conversation that the model shall know: what got no answer is not of it, but for the last.
-func turns(_ messages: [ChatMessage]) -> [Turn] {
-  let pairs = stride(from: 0, to: messages.count - 1, by: 2).map { Turn(user: messages[$0].text, answer: messages[$0 + 1].text) }
+func turns(_ messages: [ChatMessage], _ format: ChatFormat) -> [Turn] {
+  let pairs = stride(from: 0, to: messages.count - 1, by: 2).map {
+    Turn(user: messages[$0].text, answer: format.said(messages[$0 + 1].text))
+  }
   guard let last = pairs.last else { return [] }
   return pairs.dropLast().filter { $0.answer?.isEmpty == false } + [Turn(user: last.user, answer: nil)]
 }

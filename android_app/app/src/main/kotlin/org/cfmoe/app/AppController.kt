@@ -331,7 +331,7 @@ class AppController(
         store.dispatch(action)
         val settings = state.settingsOf(model)
         val format = model.chat ?: ChatFormat.PLAIN
-        val telling = context.tell(format.prompt(turns(state.chat.messages), settings.system, LocalDate.now()))
+        val telling = context.tell(format.prompt(turns(state.chat.messages, format), settings.system, LocalDate.now()))
         val request = GenerateRequest(
             pieces = telling.pieces,
             reset = telling.reset,

@@ -60,9 +60,10 @@ class AppControllerTest {
         return controller
     }
 
-    private fun ready(): EngineState.Ready {
+    /** `longest` in tokens: for what has to happen in mid-answer, more than come before it does. */
+    private fun ready(longest: Int = 256): EngineState.Ready {
         eventually("the engine is ready") { state.engine is EngineState.Ready }
-        main.run { controller.changeSettings(GenerationSettings(maxNewTokens = 256)) }
+        main.run { controller.changeSettings(GenerationSettings(maxNewTokens = longest)) }
         return state.engine as EngineState.Ready
     }
 
@@ -123,7 +124,7 @@ class AppControllerTest {
     @Test
     fun engineDiesIsRestartedAndGoesOnWithTheConversation() {
         val app = app()
-        ready()
+        ready(longest = 1900)
         main.run { app.send("The proposal adds a new") }
         eventually("words come") { state.chat.messages.last().text.length > 10 }
         children().single().destroyForcibly()
@@ -144,13 +145,14 @@ class AppControllerTest {
     @Test
     fun cancelKeepsWhatWasSaid() {
         val app = app()
-        ready()
+        ready(longest = 1900)
         main.run { app.send("The proposal adds a new") }
         eventually("words come") { state.chat.messages.last().text.isNotEmpty() }
         main.run { app.cancelAnswer() }
         val answer = finished()
         assertEquals(Ending.Cancelled, answer.ending)
         assertTrue(answer.text.isNotEmpty())
+        ready(longest = 16)
         main.run { app.send(" method") }
         assertEquals(Ending.Length, finished().ending)
     }

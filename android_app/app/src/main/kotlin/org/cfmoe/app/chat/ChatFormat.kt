@@ -59,6 +59,9 @@ data class ChatFormat(
         return pieces.map { if (it.typed) it else it.copy(text = dated(it.text, today)) }.filter { it.text.isNotEmpty() }
     }
 
+    /** An answer as the template takes it: what stands before it in the past anyway, often a space, the model has written itself. */
+    fun said(answer: String): String = if (replied.startsWith(reply)) answer.removePrefix(replied.drop(reply.length)) else answer
+
     /** What stays of an answer once it lies in the past. */
     fun past(answer: String): String {
         var kept = answer
@@ -71,6 +74,17 @@ data class ChatFormat(
             }
         }
         return if (trimAnswer) trimmed(kept) else kept
+    }
+
+    /** How many characters of an answer are thoughts, in front of what it says; all of them while it still thinks. */
+    fun thoughtLength(answer: String): Int {
+        val end = if (thinkingEnd.isEmpty()) -1 else answer.lastIndexOf(thinkingEnd)
+        val begin = thinkingEnd.replace("/", "")
+        return when {
+            end >= 0 -> end + thinkingEnd.length
+            thinkingEnd.isNotEmpty() && (begin in reply || answer.trimStart().startsWith(begin)) -> answer.length
+            else -> 0
+        }
     }
 
     /** `text` with the date of `today` where the template has one. */

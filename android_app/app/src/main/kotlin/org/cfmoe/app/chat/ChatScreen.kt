@@ -3,6 +3,9 @@ package org.cfmoe.app.chat
 
 import android.content.ClipData
 import android.content.ClipboardManager
+import android.text.SpannableString
+import android.text.Spanned
+import android.text.style.ForegroundColorSpan
 import android.view.LayoutInflater
 import android.view.View
 import android.view.ViewGroup
@@ -22,10 +25,12 @@ import org.cfmoe.app.state.Message
 import org.cfmoe.app.state.Notice
 import org.cfmoe.app.state.Screen
 import org.cfmoe.app.state.isBusy
+import org.cfmoe.app.state.modelOrNull
 
 class ChatScreen(root: View, private val controller: AppController) {
     private val context = root.context
     private val rows = Rows()
+    private var format = ChatFormat.PLAIN
     private val status: TextView = root.findViewById(R.id.chat_status)
     private val input: EditText = root.findViewById(R.id.chat_input)
     private val send: Button = root.findViewById(R.id.chat_send)
@@ -62,6 +67,7 @@ class ChatScreen(root: View, private val controller: AppController) {
 
     fun show(state: AppState) {
         val ready = state.engine as? EngineState.Ready
+        format = state.engine.modelOrNull?.chat ?: ChatFormat.PLAIN
         val canSend = ready != null && ready.loaded.hasText && !state.isBusy
         send.isEnabled = canSend
         send.visibility = if (state.chat.answering) View.GONE else View.VISIBLE
@@ -130,7 +136,7 @@ class ChatScreen(root: View, private val controller: AppController) {
             val view = old ?: LayoutInflater.from(context).inflate(layout, parent, false)
             val coming = answering && position == messages.lastIndex
             val text = if (coming && message.text.isEmpty()) context.getString(R.string.chat_thinking) else message.text
-            view.findViewById<TextView>(R.id.message_text).text = text
+            view.findViewById<TextView>(R.id.message_text).text = if (message.author == Message.Author.MODEL) quietThoughts(text) else text
             view.findViewById<TextView>(R.id.message_ending).apply {
                 val ending = noteText(message)
                 visibility = if (ending == null) View.GONE else View.VISIBLE
@@ -151,12 +157,20 @@ class ChatScreen(root: View, private val controller: AppController) {
                 setOnClickListener { action() }
             }
         view.findViewById<View>(R.id.message_actions).visibility = if (coming) View.GONE else View.VISIBLE
-        button(R.id.message_copy, message.text.isNotEmpty()) { copy(message.text) }
+        val said = message.text.drop(format.thoughtLength(message.text)).trim().ifEmpty { message.text }
+        button(R.id.message_copy, message.text.isNotEmpty()) { copy(said) }
         button(R.id.message_again, last && rows.idle && !full) {
             follow(true)
             controller.answerAgain()
         }
         button(R.id.message_new, last && full) { controller.forgetConversation() }
+    }
+
+    private fun quietThoughts(text: String): CharSequence {
+        val length = format.thoughtLength(text)
+        if (length == 0) return text
+        val quiet = ForegroundColorSpan(context.getColor(R.color.text_quiet))
+        return SpannableString(text).apply { setSpan(quiet, 0, length, Spanned.SPAN_EXCLUSIVE_EXCLUSIVE) }
     }
 
     /** Why the answer ended, and how fast it came. */

@@ -5,9 +5,9 @@ import org.cfmoe.app.engine.Piece
 import org.cfmoe.app.state.Message
 
 /** The conversation that the model shall know: what got no answer is not of it, but for the last. */
-fun turns(messages: List<Message>): List<Turn> {
+fun turns(messages: List<Message>, format: ChatFormat): List<Turn> {
     val pairs = messages.chunked(2)
-    val past = pairs.dropLast(1).filter { it[1].text.isNotEmpty() }.map { Turn(it[0].text, it[1].text) }
+    val past = pairs.dropLast(1).filter { it[1].text.isNotEmpty() }.map { Turn(it[0].text, format.said(it[1].text)) }
     return past + Turn(pairs.last()[0].text, null)
 }
 

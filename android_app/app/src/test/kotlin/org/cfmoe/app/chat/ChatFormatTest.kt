@@ -62,6 +62,16 @@ class ChatFormatTest {
     }
 
     @Test
+    fun thoughtsAreToldFromWhatIsSaid() {
+        val thinks = ChatFormat.parse(JSONObject(chat.toString()).put("thinking_end", "</think>"), 10)
+        assertEquals(10, thinks.thoughtLength("so</think>\n yes"))
+        assertEquals(9, thinks.thoughtLength("<think>so"))
+        assertEquals(0, thinks.thoughtLength("yes <think>"))
+        assertEquals(2, thinks.copy(reply = "<r><think>\n").thoughtLength("so"))
+        assertEquals(0, ChatFormat.PLAIN.thoughtLength("<think>so</think>"))
+    }
+
+    @Test
     fun damagedFormatsAreRefused() {
         fun parse(change: JSONObject.() -> Unit) = ChatFormat.parse(JSONObject(chat.toString()).apply(change), 10)
         parse { put("system", JSONObject.NULL) }
@@ -103,8 +113,13 @@ class ChatFormatTest {
     fun turnsWithoutAnAnswerAreNotOfTheConversation() {
         fun messages(vararg texts: String) =
             texts.mapIndexed { number, text -> Message(Message.Author.values()[number % 2], text) }
-        assertEquals(listOf(Turn("c", null)), turns(messages("a", "", "c", "")))
-        assertEquals(listOf(Turn("a", "b"), Turn("c", null)), turns(messages("a", "b", "c", "left over")))
+        fun plain(vararg texts: String) = turns(messages(*texts), ChatFormat.PLAIN)
+        assertEquals(listOf(Turn("c", null)), plain("a", "", "c", ""))
+        assertEquals(listOf(Turn("a", " b"), Turn("c", null)), plain("a", " b", "c", "left over"))
+        // The space that the template puts before an answer in the past is the one that the model has written.
+        val spaced = ChatFormat.PLAIN.copy(reply = "A:", replied = "A: ")
+        assertEquals(listOf(Turn("a", "b"), Turn("c", null)), turns(messages("a", " b", "c", ""), spaced))
+        assertEquals(listOf(Turn("a", "b"), Turn("c", null)), turns(messages("a", "b", "c", ""), spaced))
     }
 
     @Test
