@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import artifacts
+from cfmoe.errors import os_error
 from support import ROOT, Cli, error_line, load_script
 
 DEMO_MODEL = ROOT / "assets" / "demo-moe-13m"
@@ -115,6 +116,11 @@ main(["compile", sys.argv[1], "--out", sys.argv[2], "--json"])
     line = error_line(result)
     assert re.search(r"cannot write .*/out/a/\w+\.bin: file too large; raise the file size limit", line)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_write_that_numpy_reports() -> None:
+    error = os_error(OSError("557056 requested and 522720 written"), "m.gguf", "write")
+    assert str(error) == "cannot write m.gguf: 557056 requested and 522720 written; free some space there if it is full, and try again"
 
 
 def test_damaged_checkpoint(cli: Cli, tmp_path: Path, demo_model: Path) -> None:
