@@ -123,6 +123,12 @@ docs: .venv/.installed ## write docs/cli.md anew from the commands' --help
 bench: .venv/.installed ## the benchmarks; writes JSON under build/bench, prints the tables of docs/performance.md
 	$(BIN)/python benchmarks/run.py
 
+.PHONY: dist
+dist: .venv/.installed ## the source distribution and the wheel made of it, under dist
+	rm -rf dist
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist dist/cfmoe-*.tar.gz
+
 .PHONY: clean
 clean: ## remove what was built, but not ./.venv
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .venv/.installed
