@@ -217,6 +217,7 @@ def test_requests_damaged_at_random_never_end_the_engine(seed: int, demo_artifac
         {"id": 1, "op": "load", "artifact": str(demo_artifact), "expert_percent": 30, "threads": 1},
         {"id": 2, "op": "generate", "prompt": PROMPT, "max_new_tokens": 3, "temperature": 0.5, "seed": 3, "stop_tokens": [1]},
         {"id": 3, "op": "generate", "tokens": [5, 6, 7], "max_new_tokens": 2, "reset": True},
+        {"id": 7, "op": "generate", "prompt": [{"text": "<|user|>"}, {"text": "é<|pad|>", "typed": True}], "max_new_tokens": 1},
         {"id": 4, "op": "set_budget", "expert_percent": 50},
         {"id": 5, "op": "trim", "memory_budget": 20_000_000},
         *({"id": 6, "op": op} for op in ("metrics", "reset", "unload", "cancel")),
