@@ -183,7 +183,7 @@ class _Attend:
             inverse = rotation.inverse_rms(row, self.head, self.memory, self.thread, self.count)
             for place in strided("d", self.thread, self.count, s.head_dim):
                 with place as d:
-                    store(self.query, i32(r * s.head_dim) + d, rotation.element(row, self.head, d, inverse))
+                    store(self.query, d * i32(self.rows) + i32(r), rotation.element(row, self.head, d, inverse))
         with when(self.thread < i32(self.rows)):
             store(self.peak, self.thread, load(self.params["sinks"], self.head) if s.sinks else f32(NEGATIVE))
             store(self.total, self.thread, f32(1.0 if s.sinks else 0.0))
@@ -209,7 +209,7 @@ class _Attend:
                 for u, word in enumerate(cached):
                     keys = unpack(s, word)
                     for r in range(self.rows):
-                        q = let("q", load(self.query, i32(r * s.head_dim + u) + step * i32(unroll)))
+                        q = let("q", load(self.query, (step * i32(unroll) + i32(u)) * i32(self.rows) + i32(r)))
                         for i, key in enumerate(keys):
                             store(sums, r * self.per + i, load(sums, r * self.per + i) + q * key)
         for r in range(self.rows):

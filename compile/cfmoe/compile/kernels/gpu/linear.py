@@ -13,6 +13,9 @@ from cfmoe.compile.kernels.gpu.rowwise import row_scalars
 from cfmoe.compile.kernels.linear import LinearShape
 from cfmoe.compile.kernels.matmul import FORMATS, Format, padded
 
+_CHUNK = 256  # rows that prefill usually has
+_IDLE = 16  # a device is badly used by less than this part of the threads that fill it
+
 
 def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
     """(activation [n, …], weight, [bias fp32 [outputs]], [residual fp32 [n, outputs]], out fp32 [n, outputs]; n)."""
@@ -33,11 +36,15 @@ def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
                 total = total + load(params["residual"], at)
             store(params["out"], at, total)
 
-    def decode() -> None:
-        buffers, _ = parameters([], **names)
+    # Where a GEMM of a whole chunk would leave most of the device idle, as with a router's few outputs, every row is a GEMV of its own.
+    gemm_threads = tiles * (_CHUNK // GEMM_ROWS) * GEMM_THREADS[0] * GEMM_THREADS[1]
+    row_by_row = shape.rows is not None or (not fmt.quantised and _IDLE * gemm_threads < profile.threads_at_once)
+
+    def row_at_a_time() -> None:
+        buffers, scalars = parameters(row_scalars(shape.rows), **names)
         params = dict(zip(names, buffers, strict=True))
         product = Gemv(profile, fmt, inputs, tiles)
-        with threads((tiles, shape.rows), product.threads) as ((tile, row), (x, y)):
+        with threads((tiles, shape.rows if shape.rows is not None else scalars[0]), product.threads) as ((tile, row), (x, y)):
             base = let("base", tile * i32(inputs // GROUP * fmt.words32))
             start = let("row_start", row * i32(fmt.activation_width(inputs)))
             (total,) = product.emit(params["weight"], base, params["activation"], start, x, y)
@@ -45,7 +52,7 @@ def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
             first = y == i32(0)
             finish(params, row, column, total, T.And(first, column < i32(outputs)) if outputs % TILE else first)
 
-    def prefill() -> None:
+    def rows_together() -> None:
         buffers, (n,) = parameters(row_scalars(shape.rows), **names)
         params = dict(zip(names, buffers, strict=True))
         product = Gemm(fmt, inputs)
@@ -63,7 +70,7 @@ def linear(name: str, profile: Profile, shape: LinearShape) -> tirx.PrimFunc:
                         column = let("column", tile * i32(TILE) + x * i32(QUAD) + i32(o))
                         finish(params, row, column, load(acc, QUAD * r + o), column < i32(outputs) if outputs % TILE else None)
 
-    return build(name, decode if shape.rows is not None else prefill)
+    return build(name, row_at_a_time if row_by_row else rows_together)
 
 
 def embedding(name: str, profile: Profile, format_name: str, vocab: int, width: int, rows: int | None) -> tirx.PrimFunc:

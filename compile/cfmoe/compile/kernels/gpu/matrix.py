@@ -34,6 +34,7 @@ from cfmoe.compile.kernels.matmul import Format
 
 QUAD = 4  # outputs of a thread
 SLICES = 4  # threads of the GEMV that share outputs
+_AT_ONCE = 8  # inputs whose weights a thread of the GEMM has under way, where they are floats
 GEMM_ROWS = 32  # rows of a workgroup of the GEMM
 GEMM_THREADS = (TILE // QUAD, GEMM_ROWS // QUAD)
 _NIBBLES = 0x0F0F0F0F
@@ -268,6 +269,44 @@ def _scales(fmt: Format, slab: Buffer, block: Expr, quad: Expr) -> list[Expr]:
     return [lane(pairs[o // 2], o % 2) for o in range(QUAD)]
 
 
+class _Staging:
+    """Brings one block's inputs of a GEMM's rows into shared memory, by way of registers."""
+
+    def __init__(
+        self, gemm: Gemm, memory: tuple[Buffer, Buffer], activation: Buffer, row_start: Callable[[Expr], Expr], thread: Expr
+    ) -> None:
+        starts, self.staged = memory
+        self.activation = activation
+        self.width = 10 if gemm.fmt.quantised else GROUP  # elements of a row of a block
+        self.lanes = 1 if gemm.fmt.quantised else 4  # of a load
+        with when(thread < i32(GEMM_ROWS)):
+            store(starts, thread, row_start(thread))
+        barrier()
+        count, per_row = GEMM_THREADS[0] * GEMM_THREADS[1], self.width // self.lanes
+        self.items = GEMM_ROWS * per_row // count  # of a thread
+        self.held = local("held", self.items * self.lanes, gemm.fmt.activation_dtype)
+        self.sources, self.targets = local("sources", self.items, "int32"), local("targets", self.items, "int32")
+        for i in range(self.items):
+            item = thread + i32(i * count)
+            row = let("row", T.truncdiv(item, i32(per_row)))
+            column = let("column", (item - row * i32(per_row)) * i32(self.lanes))
+            store(self.sources, i, load(starts, row) + column)
+            store(self.targets, i, row * i32(gemm.stride) + column)
+
+    def read(self, block: Expr) -> None:
+        values = [
+            let("value", load(self.activation, load(self.sources, i) + block * i32(self.width), self.lanes)) for i in range(self.items)
+        ]
+        for i, value in enumerate(values):
+            for j in range(self.lanes):
+                store(self.held, i * self.lanes + j, lane(value, j) if self.lanes > 1 else value)
+
+    def write(self) -> None:
+        for i in range(self.items):
+            for j in range(self.lanes):
+                store(self.staged, load(self.targets, i) + i32(j), load(self.held, i * self.lanes + j))
+
+
 @dataclass(frozen=True)
 class Gemm:
     """32 rows times one tile of `streams` matrices whose blocks alternate, by 8 × 8 threads of four rows and four outputs each."""
@@ -277,13 +316,13 @@ class Gemm:
     streams: int = 1
 
     @property
-    def _stride(self) -> int:
+    def stride(self) -> int:
         """Elements of a row of one block of activations in shared memory: odd, so that rows fall into different banks."""
         return 11 if self.fmt.quantised else GROUP + 1
 
     def memory(self) -> tuple[Buffer, Buffer]:
         """Shared memory for `emit`; OpenCL C has it declared outside of any condition."""
-        return shared("row_starts", GEMM_ROWS, "int32"), shared("staged", GEMM_ROWS * self._stride, self.fmt.activation_dtype)
+        return shared("row_starts", GEMM_ROWS, "int32"), shared("staged", GEMM_ROWS * self.stride, self.fmt.activation_dtype)
 
     def emit(
         self,
@@ -297,49 +336,48 @@ class Gemm:
     ) -> list[Buffer]:
         """Sums per stream: element 4 * r + o is row 4 * y + r, output 4 * x + o of the tile."""
         fmt = self.fmt
-        width = 10 if fmt.quantised else GROUP
-        count = GEMM_THREADS[0] * GEMM_THREADS[1]
-        starts, staged = memory
         acc = [local(f"acc_{s}", QUAD * QUAD) for s in range(self.streams)]
         for buffer in acc:
             for i in range(QUAD * QUAD):
                 store(buffer, i, f32(0.0))
         sums = local("sums", QUAD * QUAD, "int32") if fmt.quantised else None
-        thread = let("thread_number", y * i32(GEMM_THREADS[0]) + x)
-        with when(thread < i32(GEMM_ROWS)):
-            store(starts, thread, row_start(thread))
-        barrier()
+        staging = _Staging(self, memory, activation, row_start, let("thread_number", y * i32(GEMM_THREADS[0]) + x))
+        staged, last = memory[1], self.inputs // GROUP - 1
+        staging.read(i32(0))
         with loop("block", self.inputs // GROUP) as block:
-            with loop("part", GEMM_ROWS * width // count) as part:
-                item = let("item", part * i32(count) + thread)
-                row = let("row", T.truncdiv(item, i32(width)))
-                column = let("column", item - row * i32(width))
-                value = load(activation, load(starts, row) + block * i32(width) + column)
-                store(staged, row * i32(self._stride) + column, value)
+            firsts = [let("first", base + (block * i32(self.streams) + i32(stream)) * i32(fmt.words32)) for stream in range(self.streams)]
+            staging.write()
             barrier()
-            for stream in range(self.streams):
-                first = let("first", base + (block * i32(self.streams) + i32(stream)) * i32(fmt.words32))
+            # The next block's activations are under way while this one is multiplied.
+            staging.read(T.min(block + i32(1), i32(last)))
+            for stream, first in enumerate(firsts):
                 if sums is not None:
-                    self._quantised(acc[stream], sums, slab, first, staged, x, y)
+                    self._quantised(acc[stream], sums, self._codes(slab, first, x), staged, y)
                 else:
                     self._floats(acc[stream], slab, first, staged, x, y)
             barrier()
         return acc
 
-    def _quantised(self, acc: Buffer, sums: Buffer, slab: Buffer, block: Expr, staged: Buffer, x: Expr, y: Expr) -> None:
+    def _codes(self, slab: Buffer, block: Expr, x: Expr) -> tuple[list[Expr], list[Expr]]:
+        """(codes of a block's words, scales) for the four outputs of a thread."""
+        words = GROUP // self.fmt.codes_per_word
+        codes = [let("codes", load(slab, block + i32(w * TILE) + x * i32(QUAD), 4)) for w in range(words)]
+        return codes, _scales(self.fmt, slab, block, x)
+
+    def _quantised(self, acc: Buffer, sums: Buffer, weights: tuple[list[Expr], list[Expr]], staged: Buffer, y: Expr) -> None:
         fmt = self.fmt
-        rows = [let("row_at", (y * i32(QUAD) + i32(r)) * i32(self._stride)) for r in range(QUAD)]
+        rows = [let("row_at", (y * i32(QUAD) + i32(r)) * i32(self.stride)) for r in range(QUAD)]
         four_bit = fmt.codes_per_word == 8
         for r in range(QUAD):
             start = let("start", load(staged, rows[r] + i32(9)) * i32(-fmt.zero)) if four_bit else i32(0)
             for o in range(QUAD):
                 store(sums, QUAD * r + o, start)
-        with loop("word", GROUP // fmt.codes_per_word) as word:
-            codes = let("codes", load(slab, block + word * i32(TILE) + x * i32(QUAD), 4))
-            inputs = [[load(staged, rows[r] + word * i32(2 if four_bit else 1) + i32(i)) for i in range(1 + four_bit)] for r in range(QUAD)]
-            inputs = [[let("inputs", v) for v in row] for row in inputs]
+        codes, scales = weights
+        for w, word in enumerate(codes):
+            per = 2 if four_bit else 1
+            inputs = [[let("inputs", load(staged, rows[r] + i32(w * per + i))) for i in range(per)] for r in range(QUAD)]
             for o in range(QUAD):
-                code = lane(codes, o)
+                code = lane(word, o)
                 parts = [code & i32(_NIBBLES), (code >> i32(4)) & i32(_NIBBLES)] if four_bit else [code ^ i32(_SIGNS)]
                 parts = [let("part_codes", p) for p in parts]
                 for r in range(QUAD):
@@ -347,7 +385,6 @@ class Gemm:
                     for p, v in zip(parts, inputs[r], strict=True):
                         total = total + dot4(p, v)
                     store(sums, QUAD * r + o, total)
-        scales = _scales(fmt, slab, block, x)
         for r in range(QUAD):
             scale = let("scale", bits_to_float(load(staged, rows[r] + i32(8))))
             for o in range(QUAD):
@@ -355,11 +392,13 @@ class Gemm:
                 store(acc, at, load(acc, at) + T.Cast("float32", load(sums, at)) * (scales[o] * scale))
 
     def _floats(self, acc: Buffer, slab: Buffer, block: Expr, staged: Buffer, x: Expr, y: Expr) -> None:
-        first = let("row_at", y * i32(QUAD * self._stride))
-        with loop("k", GROUP) as k:
-            weights = _float_weights(self.fmt, slab, block, k, x)
-            for r in range(QUAD):
-                value = let("value", load(staged, first + i32(r * self._stride) + k))
-                for o in range(QUAD):
-                    at = QUAD * r + o
-                    store(acc, at, load(acc, at) + weights[o] * value)
+        first = let("row_at", y * i32(QUAD * self.stride))
+        with loop("part_k", GROUP // _AT_ONCE) as part:
+            places = [let("k", part * i32(_AT_ONCE) + i32(u)) for u in range(_AT_ONCE)]
+            weights = [_float_weights(self.fmt, slab, block, k, x) for k in places]
+            for k, outputs in zip(places, weights, strict=True):
+                for r in range(QUAD):
+                    value = let("value", load(staged, first + i32(r * self.stride) + k))
+                    for o in range(QUAD):
+                        at = QUAD * r + o
+                        store(acc, at, load(acc, at) + outputs[o] * value)
