@@ -18,20 +18,50 @@ using device::ProfileCost;
 
 // A phase is what the session's clock measured together: decode is the programs decode and head.
 struct PhaseProfile {
-  uint64_t tokens = 0;
+  uint64_t tokens = 0, misses = 0;
   double seconds = 0, timed_seconds = 0;  // undisturbed, and with timestamps
   std::map<std::string, ProfileCost> host, device;
+
+  // Before it is measured anew.
+  PhaseProfile without(ProfileMode mode) const {
+    PhaseProfile out = *this;
+    (mode == ProfileMode::kHost ? out.host : out.device).clear();
+    return out;
+  }
 };
 
 // In the order in which they are shown.
-constexpr const char* kPhases[] = {"first prefill", "decode", "second prefill"};
+constexpr const char* kPhases[] = {"first prefill", "decode", "resident prefill", "resident decode"};
+constexpr int kMostRepeats = 8;
 using PhaseProfiles = std::map<std::string, PhaseProfile>;
 
-void note(const Engine& engine, const std::vector<std::string>& programs, const PhaseCost& cost, PhaseProfile* out) {
+// What a phase has cost until now.
+struct Costs {
+  PhaseCost cost;
+  uint64_t misses = 0;
+  double reads = 0;  // seconds of waiting for them
+
+  Costs(const Session& session, Phase phase)
+      : cost(phase == Phase::kPrefill ? session.metrics().prefill : session.metrics().decode) {
+    const PhaseMetrics metrics = session.engine().cache_metrics(phase);
+    misses = metrics.misses;
+    reads = static_cast<double>(metrics.stall_ns) * 1e-9;
+  }
+  void since(const Costs& before) {
+    cost.tokens -= before.cost.tokens;
+    cost.seconds -= before.cost.seconds;
+    misses -= before.misses;
+    reads -= before.reads;
+  }
+};
+
+void note(const Engine& engine, const std::vector<std::string>& programs, const Costs& costs, PhaseProfile* out) {
+  const PhaseCost& cost = costs.cost;
   const auto profiles = engine.profiles();
   if (profiles.empty() || cost.tokens == 0) return;
   out->tokens = cost.tokens;
   const bool timed = profiles.front().second->timestamps();
+  out->misses = costs.misses;
   (timed ? out->timed_seconds : out->seconds) = cost.seconds;
   double in_programs = 0;
   for (const auto& [name, profile] : profiles) {
@@ -49,7 +79,12 @@ void note(const Engine& engine, const std::vector<std::string>& programs, const 
       in_programs += part.seconds;
     }
   }
-  if (!timed) out->host["outside (sampling, copies)"] = {cost.tokens, std::max(cost.seconds - in_programs, 0.0)};
+  if (timed) return;
+  ProfileCost& experts = out->host[device::host_part_name(HostPart::kExperts)];
+  const double reads = std::min(costs.reads, experts.seconds);
+  experts.seconds -= reads;
+  out->host["reads"] = {costs.misses, reads};
+  out->host["outside (sampling, copies)"] = {cost.tokens, std::max(cost.seconds - in_programs, 0.0)};
 }
 
 void run(const ProfileRequest& request, ProfileMode mode, PhaseProfiles* out) {
@@ -65,30 +100,25 @@ void run(const ProfileRequest& request, ProfileMode mode, PhaseProfiles* out) {
   // The first run of a kernel is slower than all others.
   session.generate(std::span(prompt).first(std::min<size_t>(prompt.size(), 4)), 3, {}, {}, take);
   session.reset();
-  engine.reset_profiles();
-  session.generate(prompt, 1, {}, {}, take);
-  note(engine, {"prefill"}, session.metrics().prefill, &(*out)[kPhases[0]]);
-  // What one token decodes, and what follows is decoding alone.
-  engine.reset_profiles();
-  const PhaseCost before = session.metrics().decode;
-  std::vector<int32_t> answer;
-  session.generate({prompt.data(), 1}, request.new_tokens + 1, {}, {}, [&](int32_t token) {
-    if (answer.empty()) engine.reset_profiles();
-    answer.push_back(token);
-    return true;
-  });
-  PhaseCost decode = session.metrics().decode;
-  decode.tokens -= before.tokens;
-  decode.seconds -= before.seconds;
-  note(engine, {"decode", "head"}, decode, &(*out)[kPhases[1]]);
-  if (session.position() + prompt.size() > engine.context_size()) return;
-  engine.reset_profiles();
-  const PhaseCost first = session.metrics().prefill;
-  session.feed(prompt, false, nullptr);
-  PhaseCost second = session.metrics().prefill;
-  second.tokens -= first.tokens;
-  second.seconds -= first.seconds;
-  note(engine, {"prefill"}, second, &(*out)[kPhases[2]]);
+  const auto measure = [&](const char* name, Phase phase, const std::vector<std::string>& programs, const auto& work) {
+    const Costs before(session, phase);
+    engine.reset_profiles();
+    work();
+    Costs costs(session, phase);
+    costs.since(before);
+    (*out)[name] = PhaseProfile((*out)[name]).without(mode);
+    note(engine, programs, costs, &(*out)[name]);
+    return costs.misses;
+  };
+  // A token of the answer is decoded once the next is asked for.
+  const auto answer = [&] { session.generate({prompt.data(), 1}, request.new_tokens + 1, {}, {}, take); };
+  measure(kPhases[0], Phase::kPrefill, {"prefill"}, [&] { session.generate(prompt, 1, {}, {}, take); });
+  measure(kPhases[1], Phase::kDecode, {"decode"}, answer);
+  uint64_t misses = 1;
+  const uint64_t room = engine.context_size();
+  for (int i = 0; i < kMostRepeats && misses > 0 && session.position() + prompt.size() <= room; ++i)
+    misses = measure(kPhases[2], Phase::kPrefill, {"prefill"}, [&] { session.feed(prompt, false, nullptr); });
+  if (session.position() + request.new_tokens + 1 < room) measure(kPhases[3], Phase::kDecode, {"decode"}, answer);
 }
 
 std::vector<std::pair<std::string, ProfileCost>> sorted(const std::map<std::string, ProfileCost>& costs) {
@@ -133,14 +163,15 @@ JsonObject profile(const ProfileRequest& request, bool quiet) {
     const PhaseProfile& phase = found->second;
     const auto count = static_cast<double>(phase.tokens);
     if (!quiet) {
-      std::printf("%s: %llu tokens, %.1f us each (%.1f with timestamps)\n", name,
-                  static_cast<unsigned long long>(phase.tokens), phase.seconds * 1e6 / count,
-                  phase.timed_seconds * 1e6 / count);
+      std::printf("%s: %llu tokens, %llu misses, %.1f us each (%.1f with timestamps)\n", name,
+                  static_cast<unsigned long long>(phase.tokens), static_cast<unsigned long long>(phase.misses),
+                  phase.seconds * 1e6 / count, phase.timed_seconds * 1e6 / count);
     }
     double busy = 0;
     for (const auto& [kernel, cost] : phase.device) busy += cost.seconds;
     JsonObject part;
     part.add("tokens", phase.tokens)
+        .add("misses", phase.misses)
         .add("seconds", phase.seconds)
         .add("seconds_with_timestamps", phase.timed_seconds)
         .raw("host", table("host", phase.host, phase.seconds, phase.tokens, quiet))

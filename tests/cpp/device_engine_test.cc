@@ -31,6 +31,14 @@ EngineOptions options(const std::string& prefill, const std::string& decode, dou
   return out;
 }
 
+// Shared memory, a device that reaches the host's, one that does not, and with either, commands in the order of their
+// recording.
+struct Memories {
+  bool unified, binds_host, defers;
+};
+constexpr Memories kMemories[] = {
+    {true, false, true}, {false, true, true}, {false, false, false}, {true, false, false}};
+
 std::vector<int32_t> prompt(int32_t length) {
   std::vector<int32_t> tokens;
   for (int32_t i = 0; i < length; ++i) tokens.push_back((i * 37 + 11) % 100);
@@ -59,8 +67,10 @@ TEST_CASE("devices: the CPU's tokens for every placement, budget, I/O mode and k
   const ToyGpuArtifact artifact;
   for (const int32_t length : {1, 7, 50}) {
     const auto expected = generate(artifact.path(), options("cpu", "cpu"), length);
-    for (const bool unified : {true, false}) {
+    for (const auto& [unified, binds_host, defers] : kMemories) {
       fake_settings().unified = unified;
+      fake_settings().binds_host = binds_host;
+      fake_settings().defers = defers;
       for (const double percent : {100.0, 50.0, 34.0}) {
         for (const char* io : {"buffered", "auto", "mmap"}) {
           CHECK(generate(artifact.path(), options("metal", "metal", percent, io), length) == expected);
@@ -78,8 +88,10 @@ TEST_CASE("devices: budgets shrink and grow between tokens, and memory is what t
   const FakeMetal metal;
   const ToyGpuArtifact artifact;
   const auto expected = generate(artifact.path(), options("cpu", "cpu"), 20);
-  for (const bool unified : {true, false}) {
+  for (const auto& [unified, binds_host, defers] : kMemories) {
     fake_settings().unified = unified;
+    fake_settings().binds_host = binds_host;
+    fake_settings().defers = defers;
     Engine engine(artifact.path(), options("metal", "metal"));
     Session session(engine);
     std::vector<int32_t> tokens;
@@ -111,6 +123,34 @@ TEST_CASE("devices: one submission per layer when nothing has to be read") {
   session.feed(prompt(10), true, nullptr);
   // The token that was pending and ten more: two MoE layers wait for the router, and the last segment for its result.
   CHECK(fake_settings().submits - before == 33);
+  std::vector<float> logits(10 * static_cast<size_t>(engine.model().vocab_size));
+  session.feed(prompt(10), true, logits.data());
+  // Logits are computed in the submission of the last layer.
+  CHECK(fake_settings().submits - before == 63);
+}
+
+TEST_CASE("devices: a profile holds every part of what the host did") {
+  const FakeMetal metal;
+  const ToyGpuArtifact artifact;
+  CHECK(Engine(artifact.path(), options("metal", "metal")).profiles().empty());
+  EngineOptions profiled = options("metal", "metal");
+  profiled.profile = ProfileMode::kHost;
+  Engine engine(artifact.path(), profiled);
+  Session session(engine);
+  generate(session, 40, 2);
+  engine.reset_profiles();
+  session.feed(prompt(10), true, nullptr);
+  const auto profiles = engine.profiles();
+  REQUIRE(profiles.size() == 3);
+  CHECK(profiles[0].first == "prefill");
+  CHECK(profiles[0].second->runs() == 0);
+  const device::Profile& decode = *profiles[1].second;
+  CHECK(profiles[1].first == "decode");
+  CHECK(decode.runs() == 11);
+  CHECK(decode.host(device::HostPart::kRoute).calls == 22);
+  CHECK(decode.host(device::HostPart::kExperts).calls == 22);
+  CHECK(decode.host(device::HostPart::kWait).calls >= 33);
+  CHECK(decode.host(device::HostPart::kRecord).seconds > 0);
 }
 
 TEST_CASE("devices: hits and misses are those of the CPU") {

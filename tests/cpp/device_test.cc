@@ -180,6 +180,46 @@ TEST_CASE("devices compute in order, in mapped memory and in memory of their own
   }
 }
 
+TEST_CASE("deferred commands run behind those that are recorded after them") {
+  keep_drivers_loaded();
+  const test::TempDir cache;
+  const Variable variable("CFMOE_CACHE_DIR", cache.path());
+  const auto device = open_device(Kind::kVulkan, {});
+  Fixture fixture(*device);
+  const auto stream = device->make_stream();
+  Recorder recorder(*stream);
+  REQUIRE(recorder.can_defer());
+  const int32_t once[] = {1000, 1}, twice[] = {1000, 2};
+  recorder.dispatch(*fixture.into_c, once, {16, 1, 1});  // c = 1 + 2 = 3
+  recorder.submit();
+  recorder.begin_deferred();
+  recorder.dispatch(*fixture.into_c, twice, {16, 1, 1});
+  recorder.end_deferred();
+  recorder.finish();
+  CHECK(read_back(*device, fixture.c)[7] == 3.0F);
+  recorder.dispatch(*fixture.into_a, once, {16, 1, 1});  // a = 3 + 1 = 4
+  recorder.finish();
+  CHECK(read_back(*device, fixture.c)[7] == 3.0F);
+  recorder.dispatch(*fixture.into_a, once, {16, 1, 1});  // a = 3 + 4 = 7
+  recorder.submit_deferred();                            // c = 7 * 2 + 3 = 17
+  // The next ones are recorded while these run, and forgotten.
+  recorder.begin_deferred();
+  recorder.dispatch(*fixture.into_c, twice, {16, 1, 1});
+  recorder.drop_deferred();
+  recorder.finish();
+  CHECK(read_back(*device, fixture.c)[7] == 17.0F);
+  recorder.submit_deferred();
+  recorder.finish();
+  CHECK(read_back(*device, fixture.c)[7] == 17.0F);
+  // Alone, without anything recorded in front.
+  recorder.begin_deferred();
+  recorder.dispatch(*fixture.into_c, once, {16, 1, 1});
+  recorder.end_deferred();
+  recorder.submit_deferred();
+  recorder.finish();
+  CHECK(read_back(*device, fixture.c)[7] == 24.0F);
+}
+
 TEST_CASE("the validation layer hears of a barrier that is missing, and of nothing else") {
   keep_drivers_loaded();
   const test::TempDir cache;
@@ -195,6 +235,14 @@ TEST_CASE("the validation layer hears of a barrier that is missing, and of nothi
     recorder.dispatch(*fixture.into_c, scalars, {16, 1, 1});
     recorder.dispatch(*fixture.into_a, scalars, {16, 1, 1});
     recorder.submit();
+  }
+  for (int i = 0; i < 3; ++i) {
+    recorder.begin_deferred();
+    recorder.dispatch(*fixture.into_c, scalars, {16, 1, 1});
+    recorder.end_deferred();
+    recorder.finish();
+    recorder.dispatch(*fixture.into_a, scalars, {16, 1, 1});
+    recorder.submit_deferred();
   }
   CHECK_NOTHROW(recorder.finish());
   stream->dispatch(*fixture.into_c, scalars, {16, 1, 1});

@@ -21,6 +21,8 @@ namespace cfmoe::test {
 // What the fake devices opened from now on do wrong, and what they count.
 struct FakeSettings {
   bool unified = true;
+  bool binds_host = false;  // where memory is not unified
+  bool defers = true;
   std::vector<std::string> features = {"float16"};
   uint64_t memory_bytes = uint64_t{1} << 40;  // allocations beyond it fail
   int64_t waits_until_lost = -1;              // negative: never
@@ -78,21 +80,34 @@ class FakeStream final : public device::Stream {
     for (const auto& use : bindings.uses()) buffers.push_back(raw(use.view));
     const std::vector<int32_t> numbers(scalars.begin(), scalars.end());
     const auto& function = static_cast<const FakeKernel&>(bindings.kernel()).function;
-    recorded_.back().push_back([=] { function(buffers, numbers); });
+    list().back().push_back([=] { function(buffers, numbers); });
   }
   void copy(const device::View& from, const device::View& to) override {
-    recorded_.back().push_back([=, source = raw(from), target = raw(to)] { std::memcpy(target, source, from.size); });
+    list().back().push_back([=, source = raw(from), target = raw(to)] { std::memcpy(target, source, from.size); });
   }
   void clear(const device::View& view) override {
-    recorded_.back().push_back([=, target = raw(view)] { std::memset(target, 0, view.size); });
+    list().back().push_back([=, target = raw(view)] { std::memset(target, 0, view.size); });
   }
   void barrier() override {
     count(fake_settings().barriers, 1);
-    recorded_.emplace_back();
+    list().emplace_back();
+  }
+  bool can_defer() const override { return fake_settings().defers; }
+  void defer(bool on) override {
+    deferring_ = on;
+    if (on) deferred_ = {{}};
+  }
+  void submit_deferred() override {
+    recorded_.insert(recorded_.end(), deferred_.begin(), deferred_.end());
+    submit();
   }
   void submit() override {
+    size_t commands = 0;
+    for (const auto& group : recorded_) commands += group.size();
+    if (commands == submitted_commands_) return;
     count(fake_settings().submits, 1);
     submitted_ = recorded_.size();
+    submitted_commands_ = commands;
   }
   void wait() override {
     if (std::atomic_ref(fake_settings().waits_until_lost).load() >= 0 &&
@@ -104,14 +119,18 @@ class FakeStream final : public device::Stream {
       for (auto work = recorded_[i].rbegin(); work != recorded_[i].rend(); ++work) (*work)();
     }
     recorded_ = {{}};
-    submitted_ = 0;
+    submitted_ = submitted_commands_ = 0;
   }
   void mark() override {}
   std::vector<double> marks() override { return {}; }
 
  private:
-  std::vector<std::vector<std::function<void()>>> recorded_ = {{}};  // between barriers
-  size_t submitted_ = 0;
+  using List = std::vector<std::vector<std::function<void()>>>;  // between barriers
+  List& list() { return deferring_ ? deferred_ : recorded_; }
+
+  List recorded_ = {{}}, deferred_ = {{}};
+  bool deferring_ = false;
+  size_t submitted_ = 0, submitted_commands_ = 0;
 };
 
 class FakeDevice final : public device::Device {
@@ -126,6 +145,7 @@ class FakeDevice final : public device::Device {
     facts.driver = "fake 1";
     facts.features = settings.features;
     facts.unified = settings.unified;
+    facts.binds_host = settings.binds_host;
     facts.memory_bytes = settings.memory_bytes;
     facts.max_buffer_bytes = facts.max_binding_bytes = settings.max_buffer_bytes;
     facts.offset_alignment = 64;
@@ -139,7 +159,7 @@ class FakeDevice final : public device::Device {
   std::unique_ptr<device::Buffer> allocate(uint64_t size, device::Memory memory) override {
     if (static_cast<uint64_t>(fake_settings().live_bytes) + size > fake_settings().memory_bytes)
       throw Error("Fake: out of device memory: use a smaller --memory-budget or --device cpu");
-    return std::make_unique<FakeBuffer>(size, memory == device::Memory::kHost || facts_.unified);
+    return std::make_unique<FakeBuffer>(size, memory != device::Memory::kModel || facts_.unified);
   }
   std::vector<std::unique_ptr<device::Kernel>> load(std::string_view library,
                                                     std::span<const device::KernelCode> kernels, uint64_t) override {

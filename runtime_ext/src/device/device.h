@@ -24,6 +24,7 @@ struct Facts {
   std::string name, driver;           // driver with its version
   std::vector<std::string> features;  // in the names of manifests, sorted
   bool unified = false;               // the host reaches all memory at full speed: Memory::kModel is mapped
+  bool binds_host = false;            // kernels may read and write Memory::kHost and kUpload where they lie
   uint64_t memory_bytes = 0;          // of the device; 0: unknown
   uint64_t max_buffer_bytes = 0;      // of one buffer
   uint64_t max_binding_bytes = 0;     // of what a kernel binds
@@ -35,8 +36,10 @@ struct Facts {
 };
 
 enum class Memory : uint8_t {
-  kModel,  // what kernels read and write at full speed; mapped where memory is unified
-  kHost,   // mapped and cached by the host, for what travels between host and device
+  kModel,   // what kernels read and write at full speed; mapped where memory is unified
+  kHost,    // mapped and cached by the host, for what travels between host and device
+  kUpload,  // what the host writes and kernels read: mapped, and in the device's own memory if possible; slow to read
+            // back
 };
 
 // Its contents are undefined until they are written.
@@ -123,6 +126,12 @@ class Stream {
   virtual void submit() = 0;
   // Until all that was submitted has ended; what it wrote into mapped memory is then there to be read.
   virtual void wait() = 0;
+
+  // Whether commands can be recorded before others that run first: what comes between defer(true) and defer(false) is
+  // kept until submit_deferred() starts it behind all that was recorded otherwise. One set at a time.
+  virtual bool can_defer() const { return false; }
+  virtual void defer(bool /*on*/) {}
+  virtual void submit_deferred() { submit(); }
 
   // Notes the device's time when all that was recorded before has ended; at most kMaxMarks between two calls of
   // marks().

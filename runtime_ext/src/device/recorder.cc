@@ -2,6 +2,7 @@
 #include "device/recorder.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace cfmoe::device {
 namespace {
@@ -53,6 +54,41 @@ void Recorder::submit() {
   const Profile::Scope scope(profile_, HostPart::kSubmit);
   stream_.submit();
   begun_ = false;
+}
+
+void Recorder::begin_deferred() {
+  const Profile::Scope scope(profile_, HostPart::kRecord);
+  deferred_uses_.clear();
+  std::swap(uses_, deferred_uses_);
+  deferring_ = true;
+  stream_.defer(true);
+  // Of what runs before, nothing is known yet.
+  stream_.barrier();
+}
+
+void Recorder::end_deferred() {
+  stream_.defer(false);
+  std::swap(uses_, deferred_uses_);
+  deferring_ = false;
+  deferred_ = true;
+}
+
+void Recorder::submit_deferred() {
+  if (!deferred_) {
+    submit();
+    return;
+  }
+  const Profile::Scope scope(profile_, HostPart::kSubmit);
+  stream_.submit_deferred();
+  deferred_ = false;
+  pending_ = true;
+  // They begin with a barrier.
+  uses_ = deferred_uses_;
+}
+
+void Recorder::drop_deferred() {
+  if (deferring_) end_deferred();
+  deferred_ = false;
 }
 
 void Recorder::finish() {

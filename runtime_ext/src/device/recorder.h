@@ -23,6 +23,17 @@ class Recorder {
   void submit();
   // Starts what was recorded and waits until everything has ended.
   void finish();
+
+  // While the device works, what follows its next commands can be recorded already: deferred commands run behind those
+  // that are recorded until submit_deferred(), whatever these write.
+  bool can_defer() const { return stream_.can_defer() && (profile_ == nullptr || !profile_->timestamps()); }
+  void begin_deferred();
+  void end_deferred();
+  // As submit(), where nothing was deferred.
+  void submit_deferred();
+  // Forgets what an error left.
+  void drop_deferred();
+
   // How many times everything has ended.
   uint64_t finished() const { return finished_; }
 
@@ -39,8 +50,10 @@ class Recorder {
 
   Stream& stream_;
   uint64_t finished_ = 0;
-  bool pending_ = false;             // recorded or submitted, and not waited for
-  std::vector<Bindings::Use> uses_;  // since the last barrier, or the last finish
+  bool pending_ = false;                      // recorded or submitted, and not waited for
+  std::vector<Bindings::Use> uses_;           // since the last barrier, or the last finish
+  std::vector<Bindings::Use> deferred_uses_;  // of the deferred commands; while they are recorded, of the others
+  bool deferring_ = false, deferred_ = false;
   Profile* profile_ = nullptr;
   std::vector<std::pair<Profile*, std::string>> marks_;  // what ended at each mark of the stream
   bool begun_ = false;                                   // the submission under way has a first mark

@@ -27,6 +27,23 @@ uint64_t whole(uint64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 }  // namespace
 
+DeviceWorkspaceSizes meeting_sizes(const Plan& plan) {
+  DeviceWorkspaceSizes sizes;
+  for (const PlanProgram* program : {&plan.prefill, &plan.decode, &plan.head}) {
+    const auto grow = [program](uint64_t* size, int32_t buffer) {
+      *size = std::max(*size, whole(largest_bytes(program->buffers[buffer])));
+    };
+    grow(&sizes.results, program->output);
+    for (const PlanStep& step : program->steps) {
+      if (step.op != StepOp::kRoute) continue;
+      grow(&sizes.results, step.logits);
+      grow(&sizes.ids, step.ids);
+      grow(&sizes.weights, step.weights);
+    }
+  }
+  return sizes;
+}
+
 DeviceKernels::DeviceKernels(device::Device& device, const Plan& plan, std::string_view library) {
   std::vector<device::KernelCode> codes;
   for (const auto& [name, kernel] : plan.kernels) codes.push_back(kernel.code);
@@ -51,7 +68,8 @@ DeviceProgram::DeviceProgram(const PlanProgram& program, Phase phase, const Plan
       values_{1, 0, context} {
   if (services.profile != ProfileMode::kOff)
     profile_ = std::make_unique<device::Profile>(services.profile == ProfileMode::kKernels);
-  for (const PlanBuffer& buffer : program.buffers) buffers_.push_back(place(buffer));
+  meeting_places_ = meeting_places();
+  for (size_t i = 0; i < program.buffers.size(); ++i) buffers_.push_back(place(static_cast<int32_t>(i)));
   for (const PlanStep& in : program.steps) {
     Step& step = steps_.emplace_back();
     if (in.op == StepOp::kRoute) step.ids_used = reads(program, in.ids);
@@ -66,7 +84,26 @@ DeviceProgram::DeviceProgram(const PlanProgram& program, Phase phase, const Plan
   }
 }
 
-device::View DeviceProgram::place(const PlanBuffer& buffer) const {
+// One place serves all layers: what lies there is used up before the next layer's is written.
+std::map<int32_t, device::View> DeviceProgram::meeting_places() const {
+  std::map<int32_t, device::View> places;
+  const DeviceWorkspace& workspace = *services_.workspace;
+  if (workspace.results.buffer == nullptr) return places;
+  bool routes = false;
+  for (const PlanStep& step : program_.steps) {
+    if (step.op != StepOp::kRoute) continue;
+    routes = true;
+    places[step.logits] = workspace.results;
+    places[step.ids] = workspace.ids;
+    places[step.weights] = workspace.weights;
+  }
+  // Logits are read by the host alone; hidden states by the next program.
+  if (!routes) places[program_.output] = workspace.results;
+  return places;
+}
+
+device::View DeviceProgram::place(int32_t index) const {
+  const PlanBuffer& buffer = program_.buffers[index];
   const uint64_t bytes = whole(largest_bytes(buffer));
   const auto widened = [](device::View view) {
     view.size = whole(view.size);
@@ -76,6 +113,8 @@ device::View DeviceProgram::place(const PlanBuffer& buffer) const {
     case BufferKind::kInput: return {input_.buffer, input_.offset, bytes};
     case BufferKind::kWeight: return widened(services_.model->weights[buffer.weight].view);
     case BufferKind::kWorkspace: {
+      if (const auto found = meeting_places_.find(index); found != meeting_places_.end())
+        return {found->second.buffer, found->second.offset, bytes};
       const device::View& all = services_.workspace->programs;
       return {all.buffer, all.offset + buffer.offset, bytes};
     }
@@ -107,8 +146,6 @@ void DeviceProgram::call(const PlanStep& plan, Step& step) {
 void DeviceProgram::route(const PlanStep& plan, const Step& step) {
   DeviceWorkspace& workspace = *services_.workspace;
   const device::View logits = now(plan.logits), ids = now(plan.ids), weights = now(plan.weights);
-  workspace.pull(*services_.recorder, logits);
-  services_.recorder->finish();
   const int64_t stride = program_.buffers[plan.logits].shape[1].evaluate(values_);
   {
     const device::Profile::Scope scope(profile_.get(), device::HostPart::kRoute);
@@ -135,29 +172,95 @@ void DeviceProgram::run_experts(const PlanStep& plan) {
   }
 }
 
-void DeviceProgram::run(int64_t n, int64_t position) {
+size_t DeviceProgram::record_calls(size_t step) {
+  for (; step < steps_.size() && program_.steps[step].op == StepOp::kCall; ++step)
+    call(program_.steps[step], steps_[step]);
+  return step;
+}
+
+size_t DeviceProgram::record_segment(size_t step) {
+  step = record_calls(step);
+  if (step == steps_.size()) {
+    record_end();
+  } else if (program_.steps[step].op == StepOp::kRoute) {
+    services_.workspace->pull(*services_.recorder, now(program_.steps[step].logits));
+  }
+  return step;
+}
+
+void DeviceProgram::record_end() {
+  DeviceWorkspace& workspace = *services_.workspace;
+  device::View rows = now(program_.output);
+  if (rows_ == OutputRows::kLast) {
+    const uint64_t row = rows.size / static_cast<uint64_t>(values_.n);
+    rows = {rows.buffer, rows.offset + rows.size - row, row};
+  }
+  if (next_ != nullptr) {
+    services_.recorder->copy(rows, {next_->input_.buffer, next_->input_.offset, rows.size});
+    next_->values_.n = 1;
+    next_->rows_ = OutputRows::kAll;
+    next_->next_ = nullptr;
+    next_->record_segment(0);
+    return;
+  }
+  if (rows_ == OutputRows::kNone) return;
+  const device::View& results = workspace.results;
+  if (results.buffer != nullptr && rows.buffer != results.buffer) {
+    const device::View to{results.buffer, results.offset, rows.size};
+    services_.recorder->copy(rows, to);
+    rows = to;
+  } else {
+    workspace.pull(*services_.recorder, rows);
+  }
+  output_ = workspace.host(rows);
+}
+
+void DeviceProgram::run(int64_t n, int64_t position, OutputRows rows, DeviceProgram* next) {
   if (profile_) profile_->start();
   const device::Profile::Scope scope(profile_.get(), device::HostPart::kOther);
-  services_.recorder->profile(profile_.get());
+  device::Recorder& recorder = *services_.recorder;
+  recorder.profile(profile_.get());
   // Where a run before this one failed, its commands may still be at work.
-  services_.recorder->finish();
+  recorder.drop_deferred();
+  recorder.finish();
   values_.n = n;
   values_.position = position;
+  rows_ = rows;
+  next_ = next;
   device::View input = input_;
   for (size_t i = 0; i < program_.buffers.size(); ++i) {
     if (program_.buffers[i].kind == BufferKind::kInput) input.size = now(static_cast<int32_t>(i)).size;
   }
-  services_.workspace->push(*services_.recorder, input);
-  for (size_t i = 0; i < program_.steps.size(); ++i) {
+  services_.workspace->push(recorder, input);
+  size_t deferred = 0, deferred_end = 0;  // what follows the experts has been recorded already
+  for (size_t i = record_segment(0); i < steps_.size();) {
     const PlanStep& plan = program_.steps[i];
-    switch (plan.op) {
-      case StepOp::kCall: call(plan, steps_[i]); break;
-      case StepOp::kRoute: route(plan, steps_[i]); break;
-      case StepOp::kExperts: run_experts(plan); break;
+    if (plan.op == StepOp::kRoute) {
+      recorder.submit_deferred();
+      const size_t experts = experts_after(i);
+      if (experts > 0 && recorder.can_defer()) {
+        recorder.begin_deferred();
+        deferred = experts + 1;
+        deferred_end = record_segment(deferred);
+        recorder.end_deferred();
+      }
+      recorder.finish();
+      route(plan, steps_[i]);
+    } else {
+      run_experts(plan);
     }
+    ++i;
+    i = deferred > 0 && i == deferred ? deferred_end : record_segment(i);
   }
-  services_.workspace->pull(*services_.recorder, now(program_.output));
-  services_.recorder->finish();
+  recorder.submit_deferred();
+  recorder.finish();
+}
+
+size_t DeviceProgram::experts_after(size_t route) const {
+  for (size_t i = route + 1; i < steps_.size() && program_.steps[i].op != StepOp::kRoute; ++i) {
+    if (program_.steps[i].op == StepOp::kExperts) return i;
+  }
+  return 0;
 }
 
 }  // namespace cfmoe

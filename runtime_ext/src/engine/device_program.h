@@ -52,6 +52,9 @@ struct DeviceServices {
   ProfileMode profile = ProfileMode::kOff;
 };
 
+// Bytes of what programs of the plan give to the host and get from it: ids, weights and results alone.
+DeviceWorkspaceSizes meeting_sizes(const Plan& plan);
+
 class DeviceProgram final : public Program {
  public:
   DeviceProgram(const PlanProgram& program, Phase phase, const Plan& plan, const device::View& input, int64_t context,
@@ -60,8 +63,10 @@ class DeviceProgram final : public Program {
   DeviceProgram& operator=(const DeviceProgram&) = delete;
 
   void* input() override { return services_.workspace->host(input_); }
-  void run(int64_t n, int64_t position) override;
-  void* output() override { return services_.workspace->host(buffers_[program_.output]); }
+  void run(int64_t n, int64_t position, OutputRows rows) override { run(n, position, rows, nullptr); }
+  // Runs `next`, a program without steps of the host, over the output too, in the same submission.
+  void run(int64_t n, int64_t position, OutputRows rows, DeviceProgram* next);
+  void* output() override { return output_; }
   device::Profile* profile() const { return profile_.get(); }  // null where nothing is measured
 
  private:
@@ -71,9 +76,18 @@ class DeviceProgram final : public Program {
     std::vector<int32_t> scalars;
     bool ids_used = false;  // route: a kernel reads the ids
   };
-  device::View place(const PlanBuffer& buffer) const;
+  device::View place(int32_t index) const;
+  // Places of what travels between host and device, by buffer; none where memory is shared.
+  std::map<int32_t, device::View> meeting_places() const;
   // The part of a buffer that holds this run's tokens.
   device::View now(int32_t buffer) const;
+  // Records calls from a step on; returns the next step that is none.
+  size_t record_calls(size_t step);
+  // Records calls up to the next step of the host, and what that step or the end of the run needs.
+  size_t record_segment(size_t step);
+  void record_end();
+  // The first such step after a step kRoute and before another; 0: none.
+  size_t experts_after(size_t route) const;
   void call(const PlanStep& plan, Step& step);
   void route(const PlanStep& plan, const Step& step);
   void run_experts(const PlanStep& plan);
@@ -85,8 +99,12 @@ class DeviceProgram final : public Program {
   std::unique_ptr<device::Profile> profile_;
   SymbolBounds bounds_;
   SymbolValues values_;
+  std::map<int32_t, device::View> meeting_places_;
   std::vector<device::View> buffers_;  // by place in the plan, of their largest size
   std::vector<Step> steps_;            // one per step of the plan
+  OutputRows rows_ = OutputRows::kAll;
+  DeviceProgram* next_ = nullptr;
+  void* output_ = nullptr;
 };
 
 }  // namespace cfmoe

@@ -19,7 +19,8 @@ constexpr int32_t kMaxThreads = 1024;
 
 uint64_t round_up(uint64_t value, uint64_t step) { return (value + step - 1) / step * step; }
 
-constexpr int32_t kIoThreads = 2;
+// With memory of its own a device is fed through staging: more reads under way hide what each copy takes.
+constexpr int32_t kIoThreads = 2, kStagingThreads = 4;
 constexpr uint64_t kWorkEntryBytes = 16;
 
 // Places of everything in the host's workspace block; computed before the block exists, because the budget needs its
@@ -104,10 +105,17 @@ uint64_t Engine::programs_bytes(const std::optional<Plan>& plan, bool cpu) const
 
 DeviceWorkspaceSizes Engine::device_workspace_sizes() const {
   const ModelFacts& facts = model();
-  return {programs_bytes(gpu_plan_, false), sizeof(int32_t) * static_cast<uint64_t>(chunk()),
-          sizeof(float) * static_cast<uint64_t>(facts.hidden_size),
-          ExpertLists::bytes(facts.num_experts, facts.top_k, chunk()),
-          kWorkEntryBytes * static_cast<uint64_t>(facts.num_experts)};
+  DeviceWorkspaceSizes sizes = meeting_sizes(*gpu_plan_);
+  sizes.programs = programs_bytes(gpu_plan_, false);
+  sizes.tokens = sizeof(int32_t) * static_cast<uint64_t>(chunk());
+  sizes.hidden = sizeof(float) * static_cast<uint64_t>(facts.hidden_size);
+  sizes.lists = ExpertLists::bytes(facts.num_experts, facts.top_k, chunk());
+  sizes.work = kWorkEntryBytes * static_cast<uint64_t>(facts.num_experts);
+  return sizes;
+}
+
+int32_t Engine::io_threads() const {
+  return placement_.device && !placement_.device->facts().unified ? kStagingThreads : kIoThreads;
 }
 
 uint64_t Engine::available() const {
@@ -146,7 +154,7 @@ void Engine::plan_memory(const EngineOptions& options) {
     fixed_ = {ModelMemory::device_weights(device, artifact_.index).total(),
               ModelMemory::device_kv(device, kv, kv_rows_).total(),
               layout.total + DeviceWorkspace::bytes(device, device_workspace_sizes()) +
-                  DeviceSlabs::staging_bytes(device, experts().record_stride, kIoThreads)};
+                  DeviceSlabs::staging_bytes(device, experts().record_stride, io_threads())};
   } else {
     fixed_ = {ModelMemory::host_weights_bytes(weights_bytes), ModelMemory::host_kv_bytes(kv, kv_rows_), layout.total};
   }
@@ -185,7 +193,8 @@ void Engine::load(const EngineOptions& options) {
   router_ = std::make_unique<Router>(
       RouterOptions{facts.router_score == "sigmoid", facts.num_experts, facts.top_k, facts.router_renormalise,
                     static_cast<float>(facts.router_scale)},
-      part<uint16_t>(workspace_, layout.scores, cache_->wants_scores() ? layout.scores_bytes / sizeof(uint16_t) : 0));
+      part<uint16_t>(workspace_, layout.scores, cache_->wants_scores() ? layout.scores_bytes / sizeof(uint16_t) : 0),
+      &*pool_);
   experts_step_ =
       std::make_unique<ExpertsStep>(ExpertsStepFacts{facts.num_experts, facts.top_k, chunk()}, *cache_, lists_);
   if (cpu_plan_) {
@@ -215,7 +224,7 @@ void Engine::load_device() {
   stream_ = device.make_stream();
   device_recorder_.emplace(*stream_);
   device_workspace_.emplace(device, device_workspace_sizes());
-  device_slabs_ = std::make_unique<DeviceSlabs>(device, *device_recorder_, experts().record_stride, kIoThreads);
+  device_slabs_ = std::make_unique<DeviceSlabs>(device, *device_recorder_, experts().record_stride, io_threads());
 }
 
 void Engine::open_cache(const EngineOptions& options) {
@@ -224,7 +233,7 @@ void Engine::open_cache(const EngineOptions& options) {
   ExpertCacheOptions cache_options;
   cache_options.slots = budget_.slots;
   cache_options.policy = policy_;
-  cache_options.io_threads = kIoThreads;
+  cache_options.io_threads = io_threads();
   cache_options.log_events = options.log_events;
   cache_options.slabs = device_slabs_.get();
   if (options.record_trace) {
@@ -319,26 +328,37 @@ Trace Engine::trace_header() const {
   return header;
 }
 
-std::span<const float> Engine::run(Program& program, int64_t n, int64_t position) {
-  program.run(n, position);
-  const auto count = static_cast<uint64_t>(n) * static_cast<uint64_t>(model().hidden_size);
+std::span<const float> Engine::run(Program& program, int64_t n, int64_t position, OutputRows rows) {
+  program.run(n, position, rows);
+  if (rows == OutputRows::kNone) return {};
+  const auto count =
+      static_cast<uint64_t>(rows == OutputRows::kAll ? n : 1) * static_cast<uint64_t>(model().hidden_size);
   std::copy_n(static_cast<const float*>(program.output()), count, hidden_.begin());
   return hidden_.first(count);
 }
 
-std::span<const float> Engine::prefill(std::span<const int32_t> tokens, int64_t position) {
+std::span<const float> Engine::prefill(std::span<const int32_t> tokens, int64_t position, OutputRows rows) {
   std::copy(tokens.begin(), tokens.end(), static_cast<int32_t*>(prefill_->input()));
-  return run(*prefill_, static_cast<int64_t>(tokens.size()), position);
+  return run(*prefill_, static_cast<int64_t>(tokens.size()), position, rows);
 }
 
-std::span<const float> Engine::decode(int32_t token, int64_t position) {
+std::span<float> Engine::decode(int32_t token, int64_t position, bool logits) {
   *static_cast<int32_t*>(decode_->input()) = token;
-  return run(*decode_, 1, position);
+  if (!on_cpu(Phase::kDecode) && logits) {
+    static_cast<DeviceProgram&>(*decode_).run(1, position, OutputRows::kLast, static_cast<DeviceProgram*>(head_.get()));
+    return this->logits();
+  }
+  const std::span<const float> hidden = run(*decode_, 1, position, logits ? OutputRows::kLast : OutputRows::kNone);
+  return logits ? head(hidden) : std::span<float>();
 }
 
 std::span<float> Engine::head(std::span<const float> hidden) {
   std::copy(hidden.begin(), hidden.end(), static_cast<float*>(head_->input()));
-  head_->run(1, 0);
+  head_->run(1, 0, OutputRows::kAll);
+  return logits();
+}
+
+std::span<float> Engine::logits() {
   return {static_cast<float*>(head_->output()), static_cast<size_t>(model().vocab_size)};
 }
 

@@ -58,10 +58,11 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Runs tokens (1 up to the chunk for prefill) at `position` and returns their hidden states [n, hidden_size], valid
-  // until the next run.
-  std::span<const float> prefill(std::span<const int32_t> tokens, int64_t position);
-  std::span<const float> decode(int32_t token, int64_t position);
+  // Runs tokens, 1 up to the chunk, at `position` and returns the hidden states that are asked for, [rows,
+  // hidden_size], valid until the next run.
+  std::span<const float> prefill(std::span<const int32_t> tokens, int64_t position, OutputRows rows);
+  // Runs one token and returns its logits as head() does, or nothing.
+  std::span<float> decode(int32_t token, int64_t position, bool logits);
   // Logits [vocabulary] of one hidden state [hidden_size]; valid, and the caller's to change, until the next run.
   std::span<float> head(std::span<const float> hidden);
 
@@ -130,13 +131,15 @@ class Engine {
   uint64_t programs_bytes(const std::optional<Plan>& plan, bool cpu) const;
   DeviceWorkspaceSizes device_workspace_sizes() const;
   uint64_t available() const;
+  int32_t io_threads() const;
   Trace trace_header() const;
   std::vector<std::pair<std::string, DeviceProgram*>> device_programs() const;
   uint64_t budget_of(int32_t slots) const;
   BudgetPlan plan(BudgetRequest request) const;
   void resize(const BudgetPlan& plan);
   void apply_trim();
-  std::span<const float> run(Program& program, int64_t n, int64_t position);
+  std::span<const float> run(Program& program, int64_t n, int64_t position, OutputRows rows);
+  std::span<float> logits();  // of the last run of head_
 
   // What is declared first is destroyed last: programs before the memory and the kernels that they name.
   Artifact artifact_;

@@ -68,7 +68,13 @@ void BoundProgram::bind(const Expression& expression, int64_t* target) {
   (expression.uses(Expression::Op::kPosition) ? by_position_ : by_n_).emplace_back(target, expression);
 }
 
-void BoundProgram::run(int64_t n, int64_t position) {
+void* BoundProgram::output() {
+  const int64_t first = rows_ == OutputRows::kLast ? values_.n - 1 : 0;
+  return static_cast<float*>(output_->data) + first * output_->shape[1];
+}
+
+void BoundProgram::run(int64_t n, int64_t position, OutputRows rows) {
+  rows_ = rows;
   const bool n_changed = values_.n != n;
   values_.n = n;
   values_.position = position;

@@ -43,8 +43,8 @@ class BoundProgram final : public Program {
   BoundProgram& operator=(const BoundProgram&) = delete;
 
   void* input() override { return input_; }
-  void run(int64_t n, int64_t position) override;
-  void* output() override { return output_->data; }
+  void run(int64_t n, int64_t position, OutputRows rows) override;
+  void* output() override;
 
  private:
   struct Step {
@@ -71,6 +71,7 @@ class BoundProgram final : public Program {
   std::vector<Step> steps_;
   std::vector<std::pair<int64_t*, Expression>> by_n_, by_position_;  // what changes with n alone, and the rest
   DLTensor* output_ = nullptr;
+  OutputRows rows_ = OutputRows::kAll;
 };
 
 }  // namespace cfmoe

@@ -8,6 +8,8 @@
 
 namespace cfmoe {
 
+class ThreadPool;
+
 struct RouterOptions {
   bool sigmoid = false;  // else softmax
   int32_t experts = 0;
@@ -24,8 +26,9 @@ struct RouterGroups {
 
 class Router {
  public:
-  // `kept` is room for the scores of `kept.size() / experts` tokens, or empty.
-  Router(const RouterOptions& options, std::span<uint16_t> kept);
+  // `kept` is room for the scores of `kept.size() / experts` tokens, or empty. Many tokens are shared among the threads
+  // of `pool`, which must outlive the router.
+  Router(const RouterOptions& options, std::span<uint16_t> kept, ThreadPool* pool = nullptr);
 
   // logits [n, stride], of which the first `experts` of a row count; ids [n, top_k] by descending score (ties: the
   // lower id; a score that is not a number comes last); weights [n, top_k]. The experts of the chosen groups must be
@@ -38,14 +41,21 @@ class Router {
   std::span<const uint16_t> kept_scores() const { return kept_.first(kept_count_); }
 
  private:
-  void score(const float* logits);
-  void keep(int64_t token);
-  void mask(const RouterGroups& groups);
+  // What one thread works with.
+  struct Row {
+    std::vector<float> scores;
+    std::vector<float> best;      // per group
+    std::vector<int32_t> ranked;  // groups by score
+  };
+  void route_token(Row& row, const float* logits, int64_t token, int32_t* ids, float* weights,
+                   const RouterGroups& groups);
+  void score(Row& row, const float* logits) const;
+  void keep(const Row& row, int64_t token);
+  void mask(Row& row, const RouterGroups& groups) const;
 
   RouterOptions options_;
-  std::vector<float> scores_;
-  std::vector<float> best_;      // per group
-  std::vector<int32_t> ranked_;  // groups by score
+  ThreadPool* pool_;
+  std::vector<Row> rows_;  // one per thread
   std::span<uint16_t> kept_;
   size_t kept_count_ = 0;
 };

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <limits>
 #include <string>
 
 #include "engine/exponential.h"
@@ -10,6 +12,21 @@
 
 namespace cfmoe {
 namespace {
+
+// The largest that is a number, or minus infinity.
+float largest(std::span<const float> values) {
+  // Side by side, for the compiler's vectors.
+  float lanes[32];
+  std::fill(std::begin(lanes), std::end(lanes), -std::numeric_limits<float>::infinity());
+  size_t i = 0;
+  for (; i + std::size(lanes) <= values.size(); i += std::size(lanes)) {
+    for (size_t j = 0; j < std::size(lanes); ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+  }
+  for (; i < values.size(); ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
+  float best = lanes[0];
+  for (const float lane : lanes) best = lane > best ? lane : best;
+  return best;
+}
 
 uint64_t rotate_left(uint64_t x, int bits) { return (x << bits) | (x >> (64 - bits)); }
 
@@ -77,12 +94,11 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const uint8_t> seen) 
   }
   const int32_t size = static_cast<int32_t>(logits.size());
   if (options_.temperature == 0) {
-    int32_t best = -1;
+    const float best = largest(logits);
     for (int32_t i = 0; i < size; ++i) {
-      if (!std::isnan(logits[i]) && (best < 0 || logits[i] > logits[best])) best = i;
+      if (logits[i] == best) return i;
     }
-    if (best < 0) no_number();
-    return best;
+    no_number();
   }
   size_t count = 0;
   for (int32_t i = 0; i < size; ++i) {

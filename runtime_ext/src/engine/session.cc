@@ -86,7 +86,7 @@ void Session::note_seen(std::span<const int32_t> tokens) {
   for (const int32_t token : tokens) engine_.seen()[token] = 1;
 }
 
-void Session::prefill(std::span<const int32_t> tokens, const TakeHidden& take) {
+void Session::prefill(std::span<const int32_t> tokens, OutputRows rows, const TakeHidden& take) {
   std::vector<int32_t> all;
   const size_t skipped = pending_ >= 0 ? 1 : 0;
   if (skipped > 0) all.push_back(pending_);
@@ -97,25 +97,31 @@ void Session::prefill(std::span<const int32_t> tokens, const TakeHidden& take) {
     const auto chunk = std::span<const int32_t>(all).subspan(
         start, std::min(all.size() - start, static_cast<size_t>(engine_.chunk())));
     hand_over_due_ = true;
-    const std::span<const float> hidden = engine_.prefill(chunk, position_);
+    const bool last = start + chunk.size() == all.size();
+    const OutputRows here = rows == OutputRows::kLast && !last ? OutputRows::kNone : rows;
+    const std::span<const float> hidden = engine_.prefill(chunk, position_, here);
     position_ += static_cast<int64_t>(chunk.size());
     pending_ = -1;
     metrics_.prefill.tokens += chunk.size();
     note_seen(chunk);
     const size_t hide = start == 0 ? skipped : 0;
-    if (chunk.size() > hide) take(hidden.subspan(hide * hidden_size), start + hide - skipped);
+    if (here == OutputRows::kAll && chunk.size() > hide) {
+      take(hidden.subspan(hide * hidden_size), start + hide - skipped);
+    } else if (here == OutputRows::kLast) {
+      take(hidden, all.size() - 1 - skipped);
+    }
     start += chunk.size();
   }
 }
 
-std::span<const float> Session::decode(int32_t token) {
+std::span<float> Session::decode(int32_t token, bool logits) {
   check_cancelled();
   if (hand_over_due_) {
     engine_.cache().hand_over();
     hand_over_due_ = false;
   }
   const PhaseMetrics before = engine_.cache().metrics(Phase::kDecode);
-  const std::span<const float> hidden = engine_.decode(token, position_);
+  const std::span<float> out = engine_.decode(token, position_, logits);
   const PhaseMetrics after = engine_.cache().metrics(Phase::kDecode);
   ++position_;
   pending_ = -1;
@@ -124,7 +130,7 @@ std::span<const float> Session::decode(int32_t token) {
     metrics_.first_32_hits += after.hits - before.hits;
     metrics_.first_32_accesses += after.hits + after.misses - before.hits - before.misses;
   }
-  return hidden;
+  return out;
 }
 
 void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens, const SamplingOptions& sampling,
@@ -133,12 +139,11 @@ void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens,
   Sampler sampler(sampling, engine_.candidates());
   begin(tokens);
   const PoolScope scope(engine_.pool());
-  const auto hidden_size = static_cast<size_t>(engine_.model().hidden_size);
   std::span<float> logits;
   {
     const Stopwatch time(&metrics_.prefill.seconds);
     std::span<const float> last;
-    prefill(tokens, [&](std::span<const float> hidden, size_t) { last = hidden.last(hidden_size); });
+    prefill(tokens, OutputRows::kLast, [&](std::span<const float> hidden, size_t) { last = hidden; });
     engine_.cache().hand_over();
     hand_over_due_ = false;
     if (max_new_tokens > 0) logits = engine_.head(last);
@@ -147,7 +152,7 @@ void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens,
     if (count > 0) {
       if (position_ >= static_cast<int64_t>(engine_.context_size())) return;
       const Stopwatch time(&metrics_.decode.seconds);
-      logits = engine_.head(decode(pending_));
+      logits = decode(pending_, true);
     }
     check_cancelled();
     const int32_t token = sampler.sample(logits, engine_.seen());
@@ -165,20 +170,23 @@ void Session::feed(std::span<const int32_t> tokens, bool decode_program, float* 
   const PoolScope scope(engine_.pool());
   const auto hidden_size = static_cast<size_t>(engine_.model().hidden_size);
   const auto vocabulary = static_cast<size_t>(engine_.model().vocab_size);
-  const auto write = [&](std::span<const float> hidden, size_t token) {
-    for (size_t row = 0; logits != nullptr && row < hidden.size() / hidden_size; ++row) {
-      const std::span<const float> from = engine_.head(hidden.subspan(row * hidden_size, hidden_size));
-      std::copy(from.begin(), from.end(), logits + (token + row) * vocabulary);
-    }
-  };
+  const bool wanted = logits != nullptr;
   if (!decode_program) {
     const Stopwatch time(&metrics_.prefill.seconds);
-    prefill(tokens, write);
+    prefill(tokens, wanted ? OutputRows::kAll : OutputRows::kNone, [&](std::span<const float> hidden, size_t token) {
+      for (size_t row = 0; row < hidden.size() / hidden_size; ++row) {
+        const std::span<const float> from = engine_.head(hidden.subspan(row * hidden_size, hidden_size));
+        std::copy(from.begin(), from.end(), logits + (token + row) * vocabulary);
+      }
+    });
     return;
   }
   const Stopwatch time(&metrics_.decode.seconds);
-  if (pending_ >= 0) decode(pending_);
-  for (size_t i = 0; i < tokens.size(); ++i) write(decode(tokens[i]), i);
+  if (pending_ >= 0) decode(pending_, false);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const std::span<const float> from = decode(tokens[i], wanted);
+    std::copy(from.begin(), from.end(), logits + i * vocabulary);
+  }
 }
 
 void Session::write_trace(const std::string& path) const {

@@ -55,8 +55,9 @@ class Session {
   using TakeHidden = std::function<void(std::span<const float>, size_t)>;
 
   void begin(std::span<const int32_t> tokens);
-  void prefill(std::span<const int32_t> tokens, const TakeHidden& take);
-  std::span<const float> decode(int32_t token);
+  // `rows`: which of the tokens' hidden states are wanted at all; kLast of the last chunk alone.
+  void prefill(std::span<const int32_t> tokens, OutputRows rows, const TakeHidden& take);
+  std::span<float> decode(int32_t token, bool logits);
   void note_seen(std::span<const int32_t> tokens);
   void check_cancelled() const;
 

@@ -83,7 +83,7 @@ class MetalDevice final : public Device {
   }
 
   std::unique_ptr<Buffer> allocate(uint64_t size, Memory memory) override {
-    return std::make_unique<MetalBuffer>(core_, size, memory == Memory::kHost || facts_.unified);
+    return std::make_unique<MetalBuffer>(core_, size, memory != Memory::kModel || facts_.unified);
   }
 
   std::vector<std::unique_ptr<Kernel>> load(std::string_view library, std::span<const KernelCode> kernels,

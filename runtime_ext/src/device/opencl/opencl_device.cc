@@ -130,7 +130,7 @@ class OpenClDevice final : public Device {
   uint64_t available_memory() const override { return facts_.memory_bytes; }
   std::unique_ptr<Buffer> allocate(uint64_t size, Memory memory) override {
     using Place = OpenClBuffer::Place;
-    const Place place = memory == Memory::kHost ? Place::kHost : facts_.unified ? Place::kShared : Place::kDevice;
+    const Place place = memory != Memory::kModel ? Place::kHost : facts_.unified ? Place::kShared : Place::kDevice;
     return std::make_unique<OpenClBuffer>(core_, size, place);
   }
   std::vector<std::unique_ptr<Kernel>> load(std::string_view library, std::span<const KernelCode> kernels,

@@ -124,6 +124,9 @@ class VulkanStream final : public Stream {
   void barrier() override;
   void submit() override;
   void wait() override;
+  bool can_defer() const override { return true; }
+  void defer(bool on) override;
+  void submit_deferred() override;
   void mark() override;
   std::vector<double> marks() override;
 
@@ -131,8 +134,15 @@ class VulkanStream final : public Stream {
   struct Recording {
     VkCommandBuffer commands = VK_NULL_HANDLE;
     VkFence fence = VK_NULL_HANDLE;
+    VkPipeline bound = VK_NULL_HANDLE;
+    bool open = false;  // being recorded
   };
-  VkCommandBuffer commands();  // of the recording under way
+  VkCommandBuffer commands() { return current().commands; }
+  Recording& current();  // what is being recorded
+  Recording make(bool fence);
+  void begin(Recording& recording);
+  void end(Recording& recording);
+  void start(std::span<const VkCommandBuffer> commands, VkFence fence);
   void spin(VkFence fence) const;
   void destroy();
 
@@ -141,8 +151,10 @@ class VulkanStream final : public Stream {
   VkCommandPool pool_ = VK_NULL_HANDLE;
   std::vector<Recording> recordings_;  // free ones from `next_` on; those before are submitted
   size_t next_ = 0;
-  bool recording_ = false;
-  VkPipeline bound_ = VK_NULL_HANDLE;
+  // In turn: one may be at work while the next is recorded, and has ended before that one is submitted.
+  std::array<Recording, 2> deferred_;
+  size_t deferred_next_ = 0;
+  bool deferring_ = false;
   VkQueryPool queries_ = VK_NULL_HANDLE;
   uint32_t mark_count_ = 0;
 };

@@ -212,6 +212,7 @@ bool inspect(const VulkanInstanceApi& api, VkPhysicalDevice handle, PhysicalDevi
     facts.driver = "Vulkan " + version_text(core.apiVersion) + ", NVIDIA " + std::to_string(core.driverVersion >> 22) +
                    "." + std::to_string(core.driverVersion >> 14 & 0xff);
   }
+  facts.binds_host = true;
   facts.unified = (facts.type == Type::kIntegrated || facts.type == Type::kCpu) && has_mapped_local_memory(out->memory);
   for (uint32_t i = 0; i < out->memory.memoryHeapCount; ++i) {
     if ((out->memory.memoryHeaps[i].flags & VK_MEMORY_HEAP_DEVICE_LOCAL_BIT) != 0)

@@ -10,8 +10,9 @@ namespace {
 
 constexpr VkPipelineStageFlags kWork = VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT;
 constexpr VkAccessFlags kWrites = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT;
-// A driver that sleeps takes some twenty microseconds to wake, and a decoded token waits once per layer.
-constexpr std::chrono::microseconds kSpin{200};
+// A driver that sleeps takes some twenty microseconds to wake, and a decoded token waits once per layer. Where there is
+// a battery, not for long.
+constexpr std::chrono::microseconds kSpin{200}, kDiscreteSpin{2000};
 constexpr VkAccessFlags kReads = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_TRANSFER_READ_BIT;
 
 }  // namespace
@@ -49,30 +50,47 @@ void VulkanStream::destroy() {
   core_.api.vkDestroyCommandPool(core_.device, pool_, nullptr);
 }
 
-VkCommandBuffer VulkanStream::commands() {
-  if (recording_) return recordings_[next_].commands;
-  if (next_ == recordings_.size()) {
-    Recording recording;
-    auto info = vulkan_struct<VkCommandBufferAllocateInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO);
-    info.commandPool = pool_;
-    info.level = VK_COMMAND_BUFFER_LEVEL_PRIMARY;
-    info.commandBufferCount = 1;
-    core_.check(core_.api.vkAllocateCommandBuffers(core_.device, &info, &recording.commands), "recording commands");
-    auto fence = vulkan_struct<VkFenceCreateInfo>(VK_STRUCTURE_TYPE_FENCE_CREATE_INFO);
-    core_.check(core_.api.vkCreateFence(core_.device, &fence, nullptr, &recording.fence), "recording commands");
-    recordings_.push_back(recording);
-  }
-  auto begin = vulkan_struct<VkCommandBufferBeginInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO);
-  begin.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
-  core_.check(core_.api.vkBeginCommandBuffer(recordings_[next_].commands, &begin), "recording commands");
-  recording_ = true;
-  bound_ = VK_NULL_HANDLE;
-  return recordings_[next_].commands;
+VulkanStream::Recording VulkanStream::make(bool fence) {
+  Recording recording;
+  auto info = vulkan_struct<VkCommandBufferAllocateInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO);
+  info.commandPool = pool_;
+  info.level = VK_COMMAND_BUFFER_LEVEL_PRIMARY;
+  info.commandBufferCount = 1;
+  core_.check(core_.api.vkAllocateCommandBuffers(core_.device, &info, &recording.commands), "recording commands");
+  if (!fence) return recording;
+  const auto create = vulkan_struct<VkFenceCreateInfo>(VK_STRUCTURE_TYPE_FENCE_CREATE_INFO);
+  core_.check(core_.api.vkCreateFence(core_.device, &create, nullptr, &recording.fence), "recording commands");
+  return recording;
+}
+
+VulkanStream::Recording& VulkanStream::current() {
+  if (deferring_) return deferred_[deferred_next_];
+  if (next_ == recordings_.size()) recordings_.push_back(make(true));
+  Recording& recording = recordings_[next_];
+  if (!recording.open) begin(recording);
+  return recording;
+}
+
+void VulkanStream::begin(Recording& recording) {
+  auto info = vulkan_struct<VkCommandBufferBeginInfo>(VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO);
+  info.flags = VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT;
+  core_.check(core_.api.vkBeginCommandBuffer(recording.commands, &info), "recording commands");
+  recording.open = true;
+  recording.bound = VK_NULL_HANDLE;
+}
+
+void VulkanStream::end(Recording& recording) {
+  const VkMemoryBarrier memory{VK_STRUCTURE_TYPE_MEMORY_BARRIER, nullptr, kWrites, VK_ACCESS_HOST_READ_BIT};
+  core_.api.vkCmdPipelineBarrier(recording.commands, kWork, VK_PIPELINE_STAGE_HOST_BIT, 0, 1, &memory, 0, nullptr, 0,
+                                 nullptr);
+  recording.open = false;
+  core_.check(core_.api.vkEndCommandBuffer(recording.commands), "recording commands");
 }
 
 void VulkanStream::dispatch(const Bindings& bindings, std::span<const int32_t> scalars,
                             const std::array<uint32_t, 3>& groups) {
-  const VkCommandBuffer out = commands();
+  Recording& recording = current();
+  const VkCommandBuffer out = recording.commands;
   const auto& bound = static_cast<const VulkanBindings&>(bindings);
   const VulkanKernel& kernel = bound.vulkan_kernel();
   const Facts& facts = core_.physical->facts;
@@ -83,9 +101,9 @@ void VulkanStream::dispatch(const Bindings& bindings, std::span<const int32_t> s
                   "): use --device cpu");
     }
   }
-  if (bound_ != kernel.pipeline) {
+  if (recording.bound != kernel.pipeline) {
     core_.api.vkCmdBindPipeline(out, VK_PIPELINE_BIND_POINT_COMPUTE, kernel.pipeline);
-    bound_ = kernel.pipeline;
+    recording.bound = kernel.pipeline;
   }
   const VkDescriptorSet set = bound.set();
   core_.api.vkCmdBindDescriptorSets(out, VK_PIPELINE_BIND_POINT_COMPUTE, kernel.layout, 0, 1, &set, 0, nullptr);
@@ -110,20 +128,43 @@ void VulkanStream::barrier() {
   core_.api.vkCmdPipelineBarrier(commands(), kWork, kWork, 0, 1, &memory, 0, nullptr, 0, nullptr);
 }
 
-void VulkanStream::submit() {
-  if (!recording_) return;
-  Recording& recording = recordings_[next_];
-  const VkMemoryBarrier memory{VK_STRUCTURE_TYPE_MEMORY_BARRIER, nullptr, kWrites, VK_ACCESS_HOST_READ_BIT};
-  core_.api.vkCmdPipelineBarrier(recording.commands, kWork, VK_PIPELINE_STAGE_HOST_BIT, 0, 1, &memory, 0, nullptr, 0,
-                                 nullptr);
-  recording_ = false;
-  core_.check(core_.api.vkEndCommandBuffer(recording.commands), "recording commands");
+void VulkanStream::start(std::span<const VkCommandBuffer> commands, VkFence fence) {
   auto info = vulkan_struct<VkSubmitInfo>(VK_STRUCTURE_TYPE_SUBMIT_INFO);
-  info.commandBufferCount = 1;
-  info.pCommandBuffers = &recording.commands;
+  info.commandBufferCount = static_cast<uint32_t>(commands.size());
+  info.pCommandBuffers = commands.data();
   const std::lock_guard lock(queue_.mutex);
-  core_.check(core_.api.vkQueueSubmit(queue_.handle, 1, &info, recording.fence), "running kernels");
+  core_.check(core_.api.vkQueueSubmit(queue_.handle, 1, &info, fence), "running kernels");
   ++next_;
+}
+
+void VulkanStream::submit() {
+  if (next_ == recordings_.size() || !recordings_[next_].open) return;
+  Recording& recording = recordings_[next_];
+  end(recording);
+  start({&recording.commands, 1}, recording.fence);
+}
+
+void VulkanStream::defer(bool on) {
+  Recording& recording = deferred_[deferred_next_];
+  deferring_ = on;
+  if (!on) {
+    end(recording);
+    return;
+  }
+  if (recording.commands == VK_NULL_HANDLE) recording = make(false);
+  // An error may have left it half recorded.
+  if (recording.open) core_.check(core_.api.vkResetCommandBuffer(recording.commands, 0), "recording commands");
+  begin(recording);
+}
+
+void VulkanStream::submit_deferred() {
+  if (next_ == recordings_.size()) recordings_.push_back(make(true));
+  Recording& recording = recordings_[next_];
+  const VkCommandBuffer both[] = {recording.commands, deferred_[deferred_next_].commands};
+  const size_t skipped = recording.open ? 0 : 1;
+  if (recording.open) end(recording);
+  start(std::span(both).subspan(skipped), recording.fence);
+  deferred_next_ = 1 - deferred_next_;
 }
 
 void VulkanStream::wait() {
@@ -137,13 +178,14 @@ void VulkanStream::wait() {
     core_.check(core_.api.vkResetFences(core_.device, 1, &recordings_[i].fence), "waiting for kernels");
   }
   // The recording under way, if any, lies at next_ and moves to the front.
-  if (recording_) std::swap(recordings_[0], recordings_[next_]);
+  if (next_ < recordings_.size() && recordings_[next_].open) std::swap(recordings_[0], recordings_[next_]);
   next_ = 0;
   core_.instance->check_messages();
 }
 
 void VulkanStream::spin(VkFence fence) const {
-  const auto end = std::chrono::steady_clock::now() + kSpin;
+  const bool discrete = core_.physical->facts.type == Type::kDiscrete;
+  const auto end = std::chrono::steady_clock::now() + (discrete ? kDiscreteSpin : kSpin);
   while (core_.api.vkGetFenceStatus(core_.device, fence) == VK_NOT_READY && std::chrono::steady_clock::now() < end) {
   }
 }

@@ -214,11 +214,13 @@ void VulkanBuffer::create(uint64_t size, Memory memory, bool separate) {
     VkMemoryPropertyFlags with, without;
   };
   std::vector<Choice> choices = {{kMapped | kCached, 0}, {kMapped, 0}};
-  const bool mapped = memory == Memory::kHost || core_.physical->facts.unified;
+  const bool mapped = memory != Memory::kModel || core_.physical->facts.unified;
   if (!mapped) {
     choices = {{kLocal, kMapped}, {kLocal, 0}};
-  } else if (memory == Memory::kModel) {
+  } else if (memory != Memory::kHost) {
     choices = {{kLocal | kMapped | kCached, 0}, {kLocal | kMapped, 0}};
+    // Not every discrete device lets the host into its memory.
+    if (memory == Memory::kUpload) choices.push_back({kMapped, 0});
   } else if (!separate && core_.physical->facts.type == Type::kDiscrete) {
     choices.insert(choices.begin(), {kMapped | kCached, kLocal});
   }
