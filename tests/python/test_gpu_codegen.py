@@ -284,6 +284,22 @@ def test_pairs_and_local_vectors(device: VulkanDevice) -> None:
     np.testing.assert_array_equal(result.reshape(-1, 4), F.reshape(-1, 4)[:, [2, 3, 0, 1]])
 
 
+def test_names_of_vectors_are_taken(device: VulkanDevice) -> None:
+    """A buffer that is read in vectors has a second name, which a variable that is numbered must not get."""
+
+    def body() -> None:
+        (x, out), _ = b.parameters([], x="float32", out="float32")
+        with b.threads((1,), (COUNT // 4,)) as (_, (thread,)):
+            at = b.let("at", thread * i32(4))
+            values = [b.let("x", b.load(x, at + i32(i))) for i in range(4)]
+            vector = b.let("vector", b.load(x, at, 4))
+            for i, value in enumerate(values):
+                b.store(out, at + i32(i), value + b.lane(vector, i))
+
+    result = run(device, b.build("kernel", body), [F, np.zeros_like(F)], grid=(1, 1, 1))[-1]
+    np.testing.assert_array_equal(result, F + F)
+
+
 def statements() -> tirx.PrimFunc:
     """Loops, conditions, local and shared memory, barriers and scalars: a reversed prefix sum of what passes a threshold."""
 

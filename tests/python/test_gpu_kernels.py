@@ -363,6 +363,8 @@ def test_every_profile_stays_within_its_limits() -> None:
     for profile in PROFILES.values():
         functions = {
             "attend": attention.attend("attend", profile, wide),
+            "parts": attention_decode.parts("parts", profile, wide, profile.attention_splits),
+            "merge": attention_decode.merge("merge", profile, wide, profile.attention_splits, quantised=True),
             "gate_up": expert.gate_up("gate_up", profile, ExpertShape("q4", 4096, 14336, bias=True), decode=False),
             "decode": expert.gate_up("decode", profile, ExpertShape("q4", 4096, 14336, bias=True), decode=True),
         }
