@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <future>
 #include <numeric>
 #include <thread>
 
@@ -153,4 +154,28 @@ TEST_CASE("i/o queue: idle, and an end with work left") {
     }
   }
   CHECK(begun < 103);
+}
+
+TEST_CASE("i/o queue: reads ahead wait for all others, and may be demanded or withdrawn") {
+  IoQueue queue(2);
+  std::promise<void> end;
+  std::shared_future<void> ended = end.get_future().share();
+  std::vector<int> order;
+  const IoQueue::JobPtr first = queue.submit([ended] { ended.wait(); });
+  std::vector<IoQueue::JobPtr> ahead;
+  for (int i = 0; i < 4; ++i) ahead.push_back(queue.submit_ahead([&order, i] { order.push_back(i); }));
+  for (const IoQueue::JobPtr& job : ahead) CHECK(queue.waits(job));
+  CHECK(queue.withdraw(ahead[1]));
+  CHECK_FALSE(queue.withdraw(ahead[1]));
+  CHECK_FALSE(queue.withdraw(first));
+  queue.demand(ahead[2]);
+  queue.wait(ahead[2]);
+  CHECK_FALSE(queue.waits(ahead[2]));
+  CHECK_FALSE(queue.withdraw(ahead[2]));
+  CHECK(queue.waits(ahead[0]));
+  end.set_value();
+  queue.wait_idle();
+  CHECK(order == std::vector<int>{2, 0, 3});
+  queue.demand(ahead[3]);
+  CHECK(queue.done(ahead[3]));
 }

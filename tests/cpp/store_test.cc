@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <cstring>
+#include <fstream>
+#include <sstream>
 #include <thread>
 
 #include "expect_error.h"
@@ -40,6 +42,57 @@ TEST_CASE("aligned buffer: alignment and giving back") {
   CHECK(moved.data()[0] == std::byte{1});
   expect_error([] { AlignedBuffer(SIZE_MAX / 2); }, {"cannot reserve", "smaller memory budget"});
 }
+
+#if defined(__linux__)
+namespace {
+
+// Bytes of huge pages of the mapping that begins at `address`, by /proc/self/smaps.
+size_t huge_bytes(const void* address) {
+  std::ostringstream begin;
+  begin << std::hex << reinterpret_cast<uintptr_t>(address);
+  std::ifstream maps("/proc/self/smaps");
+  std::string line, key;
+  size_t kib = 0;
+  bool inside = false;
+  while (std::getline(maps, line)) {
+    inside = inside || line.rfind(begin.str() + "-", 0) == 0;
+    std::istringstream fields(line);
+    if (inside && fields >> key >> kib && key == "AnonHugePages:") return kib << 10;
+  }
+  return 0;
+}
+
+}  // namespace
+
+TEST_CASE("aligned buffer: huge pages are inside the buffer, and are broken up to give parts of them back") {
+  constexpr size_t kMiB = size_t{1} << 20;
+  AlignedBuffer buffer(7 * kMiB + 16384, Pages::kHuge);
+  CHECK(buffer.size() == 7 * kMiB + 16384);
+  CHECK(reinterpret_cast<uintptr_t>(buffer.data()) % (2 * kMiB) == 0);
+  std::memset(buffer.data(), 1, buffer.size());
+  const size_t huge = huge_bytes(buffer.data());
+  MESSAGE("huge pages here: " << huge / (2 * kMiB));
+  CHECK(huge <= 6 * kMiB);
+  const auto byte = [&](size_t offset) { return static_cast<int>(buffer.data()[offset]); };
+  buffer.give_back(kMiB, 2 * kMiB);
+  CHECK(byte(0) == 1);
+  CHECK(byte(kMiB - 1) == 1);
+  CHECK(byte(kMiB) == 0);
+  CHECK(byte(3 * kMiB - 1) == 0);
+  CHECK(byte(3 * kMiB) == 1);
+  CHECK(byte(7 * kMiB + 16383) == 1);
+  // What is left of a page that was broken up stays as it is when more of it goes.
+  buffer.give_back(0, kMiB / 2);
+  CHECK(byte(kMiB / 2 - 1) == 0);
+  CHECK(byte(kMiB / 2) == 1);
+  CHECK(huge_bytes(buffer.data()) == 0);
+  CHECK(huge_bytes(buffer.data() + 4 * kMiB) <= 2 * kMiB);
+  buffer.give_back(0, buffer.size());
+  CHECK(byte(6 * kMiB) == 0);
+  AlignedBuffer moved = std::move(buffer);
+  CHECK(moved.data()[5 * kMiB] == std::byte{0});
+}
+#endif
 
 TEST_CASE("io modes by name") {
   CHECK(parse_io_mode("direct") == IoMode::kDirect);

@@ -90,3 +90,9 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     one, other = one.astype(np.float64), other.astype(np.float64)
     norms = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
     return (one * other).sum(-1) / np.where(norms > 0, norms, 1)
+
+
+def popular_experts(trace: Trace) -> list[int]:
+    """All experts of the model as ``layer * experts + expert``, the most used of the trace first: what Engine.keep_warm takes."""
+    uses = np.stack([np.bincount(trace.ids[:, layer].ravel(), minlength=trace.experts) for layer in range(trace.layers)])
+    return [int(one) for one in np.argsort(-uses.ravel(), kind="stable")]

@@ -70,7 +70,7 @@ typedef struct cfmoe_phase_metrics {
   double seconds;
   uint64_t hits;
   uint64_t misses;
-  uint64_t prefetched;
+  uint64_t prefetched; /* experts read ahead of any use, counted as prefill; their bytes are in bytes_read */
   uint64_t bytes_read;
   double stall_ms;
 } cfmoe_phase_metrics;
@@ -127,6 +127,12 @@ CFMOE_API cfmoe_status cfmoe_engine_set_budget(cfmoe_engine* engine, uint64_t bu
  * gives the memory back to the system. At once between calls and in a token callback; from another thread while a call
  * runs, before that call's next layer. Never grows the budget. */
 CFMOE_API cfmoe_status cfmoe_engine_trim(cfmoe_engine* engine, uint64_t budget_bytes, char* error, size_t error_size);
+/* Keeps the cache warm from now on: a session that begins or is reset finds the experts that are in memory instead of a
+ * cold cache, and free room is filled in the background with `experts` (layer * num_experts + expert), the likeliest
+ * first, while nothing else is read. No token depends on it, and the budget holds. A count of 0 ends reading ahead; a
+ * new list replaces what of the old one is not read yet. Between calls. */
+CFMOE_API cfmoe_status cfmoe_engine_keep_warm(cfmoe_engine* engine, const uint32_t* experts, size_t count, char* error,
+                                              size_t error_size);
 /* Which experts are in memory: writes 1 or 0 for each, [moe_layers * num_experts], as far as `capacity` goes. Returns
  * how many there are to write. */
 CFMOE_API size_t cfmoe_engine_residents(const cfmoe_engine* engine, uint8_t* out, size_t capacity);

@@ -26,7 +26,7 @@ struct ReadyExpert {
 struct PhaseMetrics {
   uint64_t hits = 0;
   uint64_t misses = 0;
-  uint64_t prefetched = 0;
+  uint64_t prefetched = 0;  // experts read ahead, which nobody had asked for when their read began; counted as prefill
   uint64_t bytes_read = 0;  // counted where the read returns, from real reads; with mmap the records faulted in
   uint64_t stall_ns = 0;    // time that the computing thread waited for a load
 };
@@ -73,6 +73,14 @@ class ExpertCache {
   // as they arrive. In top-k order each member is accounted, a miss first evicts if it must, then recency is updated.
   void decode_group(int32_t layer, std::span<const int32_t> experts, uint64_t position, const ComputeFn& compute);
 
+  // Keeps the cache warm from now on. A conversation begins with what the one before left in memory, and free slots,
+  // now and after a resize, are filled with the absent among `experts`, the likeliest first: they are resident at once,
+  // and read while no other read is under way, or at once where one is wanted. So neither hits nor victims depend on
+  // how far reading ahead has come. Given again, the new list replaces what of the old one is not read yet.
+  void keep_warm(std::vector<ExpertKey> experts);
+  // The next access is cold, unless the cache is kept warm. Throws as drain does where it is not.
+  void begin_conversation();
+
   // Waits until no read is under way. Throws the first error of a background read that nobody has met yet.
   void drain();
   // Forgets residents, policy state and noted routing: the next access is cold.
@@ -83,7 +91,8 @@ class ExpertCache {
   PhaseMetrics metrics(Phase phase) const;
   void reset_metrics();
   std::vector<AccessEvent> take_events();
-  // Writes for each expert, [layers * experts] as far as `out` goes, 1 if it is resident and 0 otherwise.
+  // Writes for each expert, [layers * experts] as far as `out` goes, 1 if it is resident and its read has begun, else
+  // 0.
   void residents(std::span<uint8_t> out) const;
   // Residents of a MoE layer, ascending.
   std::vector<int32_t> residents(int32_t layer) const;

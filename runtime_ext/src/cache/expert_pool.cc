@@ -13,7 +13,7 @@ namespace {
 
 class HostSlab final : public Slab {
  public:
-  explicit HostSlab(uint64_t bytes) : memory_(bytes) {}
+  explicit HostSlab(uint64_t bytes) : memory_(bytes, Pages::kHuge) {}
   std::byte* data() const override { return memory_.data(); }
   uint64_t size() const override { return memory_.size(); }
   void give_back(uint64_t offset, uint64_t bytes) { memory_.give_back(offset, bytes); }

@@ -1,4 +1,4 @@
-// Runs reads on a few threads, in the order of submission, and carries their errors to whoever waits for them.
+// Two queues: what somebody waits for, and what is read ahead.
 #include "cache/io_queue.h"
 
 #include <algorithm>
@@ -9,6 +9,7 @@ namespace cfmoe {
 class IoQueue::Job {
  public:
   std::function<void()> work;
+  bool ahead = false;  // in that queue
   bool done = false;
   std::exception_ptr error;
 };
@@ -29,6 +30,7 @@ void IoQueue::stop() {
     std::lock_guard lock(mutex_);
     stopping_ = true;
     queue_.clear();
+    ahead_.clear();
   }
   work_arrived_.notify_all();
   for (std::thread& thread : threads_) thread.join();
@@ -44,6 +46,43 @@ IoQueue::JobPtr IoQueue::submit(std::function<void()> work) {
   }
   work_arrived_.notify_one();
   return job;
+}
+
+IoQueue::JobPtr IoQueue::submit_ahead(std::function<void()> work) {
+  auto job = std::make_shared<Job>();
+  job->work = std::move(work);
+  job->ahead = true;
+  {
+    std::lock_guard lock(mutex_);
+    ahead_.push_back(job);
+  }
+  work_arrived_.notify_one();
+  return job;
+}
+
+void IoQueue::demand(const JobPtr& job) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!job->ahead) return;
+    ahead_.erase(std::find(ahead_.begin(), ahead_.end(), job));
+    job->ahead = false;
+    queue_.push_back(job);
+  }
+  work_arrived_.notify_one();
+}
+
+bool IoQueue::withdraw(const JobPtr& job) {
+  std::lock_guard lock(mutex_);
+  if (!job->ahead) return false;
+  ahead_.erase(std::find(ahead_.begin(), ahead_.end(), job));
+  job->ahead = false;
+  job->work = nullptr;
+  return true;
+}
+
+bool IoQueue::waits(const JobPtr& job) const {
+  std::lock_guard lock(mutex_);
+  return job->ahead;
 }
 
 bool IoQueue::done(const JobPtr& job) const {
@@ -70,16 +109,18 @@ void IoQueue::wait_any(std::span<const JobPtr> jobs) {
 
 void IoQueue::wait_idle() {
   std::unique_lock lock(mutex_);
-  work_done_.wait(lock, [&] { return queue_.empty() && running_ == 0; });
+  work_done_.wait(lock, [&] { return queue_.empty() && ahead_.empty() && running_ == 0; });
 }
 
 void IoQueue::run() {
   std::unique_lock lock(mutex_);
   while (true) {
-    work_arrived_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
+    work_arrived_.wait(lock, [&] { return stopping_ || !queue_.empty() || may_read_ahead(); });
     if (stopping_) return;
-    JobPtr job = std::move(queue_.front());
-    queue_.pop_front();
+    std::deque<JobPtr>& from = queue_.empty() ? ahead_ : queue_;
+    JobPtr job = std::move(from.front());
+    from.pop_front();
+    job->ahead = false;
     ++running_;
     lock.unlock();
     std::exception_ptr error;

@@ -1,4 +1,5 @@
-// Runs reads on a few threads, in the order of submission, and carries their errors to whoever waits for them.
+// Runs reads on a few threads, in the order of submission, and carries their errors to whoever waits for them. Reads
+// ahead wait until no other is queued or running.
 #pragma once
 
 #include <condition_variable>
@@ -27,6 +28,14 @@ class IoQueue {
   IoQueue& operator=(const IoQueue&) = delete;
 
   JobPtr submit(std::function<void()> work);
+  // A read that nobody waits for yet. Begins, one at a time, where there is no other.
+  JobPtr submit_ahead(std::function<void()> work);
+  // Somebody wants it now: one that waits to be read ahead queues up behind the other reads.
+  void demand(const JobPtr& job);
+  // Takes out a read ahead that has not begun; false for any other.
+  bool withdraw(const JobPtr& job);
+  // One that withdraw would take out.
+  bool waits(const JobPtr& job) const;
   bool done(const JobPtr& job) const;
   // Done, but the work threw.
   bool failed(const JobPtr& job) const;
@@ -40,10 +49,11 @@ class IoQueue {
  private:
   void stop();
   void run();
+  bool may_read_ahead() const { return queue_.empty() && running_ == 0 && !ahead_.empty(); }
 
   mutable std::mutex mutex_;
   std::condition_variable work_arrived_, work_done_;
-  std::deque<JobPtr> queue_;
+  std::deque<JobPtr> queue_, ahead_;
   int32_t running_ = 0;
   bool stopping_ = false;
   std::vector<std::thread> threads_;

@@ -36,10 +36,14 @@ bool Residency::evict_one(ExpertKey incoming, Phase phase) {
   return true;
 }
 
-void Residency::insert(ExpertKey key, uint64_t position, Phase phase) {
+void Residency::enter(ExpertKey key, uint64_t position) {
   entry(key).resident = true;
   ++resident_count_;
   policy_->on_insert(key, position);
+}
+
+void Residency::insert(ExpertKey key, uint64_t position, Phase phase) {
+  enter(key, position);
   actions_.load(key, phase);
 }
 
@@ -162,6 +166,18 @@ uint64_t Residency::hand_over() {
   }
   for (const PrefillRouting::Use& use : chosen) policy_->on_access(use.key, use.last_position);
   return absent.size();
+}
+
+void Residency::fill(std::span<const ExpertKey> experts, uint64_t position) {
+  std::vector<ExpertKey> filled;
+  for (const ExpertKey key : experts) {
+    check_group(key.layer, {&key.expert, 1});
+    if (full() || resident(key)) continue;
+    enter(key, position);
+    filled.push_back(key);
+    actions_.load_ahead(key);
+  }
+  for (auto key = filled.rbegin(); key != filled.rend(); ++key) policy_->on_access(*key, position);
 }
 
 void Residency::clear() {

@@ -39,6 +39,8 @@ class Residency {
     virtual ~Actions() = default;
     // The expert is resident now; a slot is free for it. One that throws leaves it resident: see drop.
     virtual void load(ExpertKey key, Phase phase) = 0;
+    // The same for an expert that nobody asked for yet.
+    virtual void load_ahead(ExpertKey key) { load(key, Phase::kPrefill); }
     // The expert is no longer resident; frees its slot, also where it throws.
     virtual void evict(ExpertKey key, Phase phase) = 0;
   };
@@ -92,10 +94,16 @@ class Residency {
   // choose_hand_over. Returns how many experts it had to load.
   uint64_t hand_over();
 
+  // Fills free slots with the absent among `experts`, the likeliest first; the policy is told of the first as the one
+  // used last, at `position`. No accesses.
+  void fill(std::span<const ExpertKey> experts, uint64_t position);
+
   // The load of a resident failed: it is absent again.
   void drop(ExpertKey key);
   // Forgets residents (without evicting them), the policy's state and noted routing: the next access is cold.
   void clear();
+  // Forgets routing that waits for a hand-over.
+  void forget_routing() { routing_.clear(); }
   // Evicts what no longer fits, counted as prefill. Same bounds as the constructor's.
   void resize(int32_t slots);
 
@@ -135,6 +143,7 @@ class Residency {
   bool full() const { return resident_count_ >= facts_.slots; }
   bool evict_one(ExpertKey incoming, Phase phase);
   void insert(ExpertKey key, uint64_t position, Phase phase);
+  void enter(ExpertKey key, uint64_t position);
   void count(Phase phase, bool hit, ExpertKey key, uint64_t position);
 
   PolicyFacts facts_;

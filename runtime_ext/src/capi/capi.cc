@@ -125,6 +125,15 @@ cfmoe_status cfmoe_engine_set_budget(cfmoe_engine* engine, uint64_t budget_bytes
   });
 }
 
+cfmoe_status cfmoe_engine_keep_warm(cfmoe_engine* engine, const uint32_t* experts, size_t count, char* error,
+                                    size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(engine != nullptr, "engine is NULL");
+    require(experts != nullptr || count == 0, "experts is NULL");
+    engine->engine.keep_warm({experts, count});
+  });
+}
+
 cfmoe_status cfmoe_engine_trim(cfmoe_engine* engine, uint64_t budget_bytes, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     require(engine != nullptr, "engine is NULL");

@@ -402,6 +402,21 @@ void Engine::set_budget(uint64_t budget_bytes, double expert_percent) {
   append_warning(&warning_, plan.warning);
 }
 
+void Engine::keep_warm(std::span<const uint32_t> ids) {
+  const Turn turn(*this);
+  const auto width = static_cast<uint32_t>(experts().experts), total = width * static_cast<uint32_t>(experts().layers);
+  std::vector<ExpertKey> keys;
+  for (const uint32_t id : ids) {
+    if (id >= total) {
+      throw Error("expert " + std::to_string(id) + " to keep warm is outside 0 to " + std::to_string(total - 1) +
+                  ", layer by layer: name experts of this model");
+    }
+    keys.push_back({static_cast<int32_t>(id / width), static_cast<int32_t>(id % width)});
+  }
+  const std::lock_guard lock(budget_mutex_);
+  cache_->keep_warm(std::move(keys));
+}
+
 void Engine::trim(uint64_t budget_bytes) {
   trim_request_ = std::max(budget_bytes, uint64_t{1});
   if (gate_.paused_here()) {

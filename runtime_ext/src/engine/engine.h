@@ -79,6 +79,9 @@ class Engine {
   // experts as far as memory goes. Throws cfmoe::Error, and changes nothing, where it is too small or a call is under
   // way.
   void set_budget(uint64_t budget_bytes, double expert_percent);
+  // From now on conversations begin with the experts that are in memory, and free slots are filled in the background
+  // with `experts` (layer * experts of a layer + expert), in this order: see ExpertCache::keep_warm. Between calls.
+  void keep_warm(std::span<const uint32_t> experts);
   // Low memory: shrinks the budget to `budget_bytes`, or to the smallest that works if that is more; never grows it.
   // From any thread: at once, or before the next layer of the call under way.
   void trim(uint64_t budget_bytes);

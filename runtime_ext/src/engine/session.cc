@@ -42,8 +42,7 @@ Session::~Session() { engine_.has_session() = false; }
 
 void Session::reset() {
   const Engine::Turn turn(engine_);
-  engine_.cache().drain();
-  engine_.cache().clear();
+  engine_.cache().begin_conversation();
   engine_.cache().reset_metrics();
   engine_.cache().take_events();
   std::fill(engine_.seen().begin(), engine_.seen().end(), uint8_t{0});

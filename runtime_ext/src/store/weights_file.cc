@@ -48,7 +48,7 @@ LoadedWeights load_weights(const std::string& path, const std::vector<TensorEntr
   LoadedWeights loaded;
   FileHandle file = open_data_file(path, mode, &loaded.warning);
   uint64_t size = file.size();
-  loaded.block = AlignedBuffer(size);
+  loaded.block = AlignedBuffer(size, Pages::kHuge);
   // The block is a multiple of 16 KiB, so the length may be rounded up for a direct read of a file that is not.
   uint64_t wanted = file.direct() ? (size + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment : size;
   uint64_t got = file.read_at(0, loaded.block.data(), wanted);

@@ -147,6 +147,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_engine_close": (None, [c_void_p]),
     "cfmoe_engine_model": (None, [c_void_p, POINTER(ModelInfo)]),
     "cfmoe_engine_memory": (None, [c_void_p, POINTER(Memory)]),
+    "cfmoe_engine_keep_warm": (c_int, [c_void_p, POINTER(c_uint32), c_size_t, c_char_p, c_size_t]),
     "cfmoe_engine_set_budget": (c_int, [c_void_p, c_uint64, c_double, c_char_p, c_size_t]),
     "cfmoe_engine_trim": (c_int, [c_void_p, c_uint64, c_char_p, c_size_t]),
     "cfmoe_engine_residents": (c_size_t, [c_void_p, POINTER(c_uint8), c_size_t]),

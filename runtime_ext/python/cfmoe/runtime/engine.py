@@ -57,7 +57,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PhaseMetrics:
-    """Cost of one phase since the session began or was reset."""
+    """Cost of one phase since the session began or was reset. ``prefetched`` counts experts read ahead; prefill has their bytes."""
 
     tokens: int
     seconds: float
@@ -232,6 +232,21 @@ class Engine:
         error = _capi.ErrorText()
         error.check(self._lib.cfmoe_engine_trim(self._open_handle(), memory_budget, *error.arguments))
 
+    def keep_warm(self, experts: Sequence[int] | None = None) -> None:
+        """From now on a session that begins or is reset finds what is in memory, not a cold cache, and free room fills in the background.
+
+        experts: what to read ahead, ``layer * num_experts + expert``, the likeliest first (:func:`cfmoe.trace.metrics.popular_experts`);
+        None for all, layer by layer; an empty list ends reading ahead. Other reads come first, no token depends on it, the budget holds.
+        :meth:`residents` shows how far it has come, ``metrics.prefill.prefetched`` how many were read. Raises CFMoEError where an expert is
+        none of the model's, or while a call runs.
+        """
+        model = self.model
+        ids = range(model.moe_layers * model.num_experts) if experts is None else experts
+        if any(not 0 <= one < 1 << 32 for one in ids):
+            raise CFMoEError("an expert to keep warm has a negative number, or one above 2^32: count layer * num_experts + expert")
+        error = _capi.ErrorText()
+        error.check(self._lib.cfmoe_engine_keep_warm(self._open_handle(), (ctypes.c_uint32 * len(ids))(*ids), len(ids), *error.arguments))
+
     def residents(self) -> np.ndarray:
         """Which experts are in memory: bool [moe_layers, num_experts]. Between calls, or in ``on_token``."""
         model = self.model
@@ -282,7 +297,7 @@ class Engine:
         return self._lib.cfmoe_engine_warning(self._open_handle()).decode()
 
     def session(self) -> Session:
-        """Begins a conversation with a cold cache. One at a time: raises CFMoEError while another is open."""
+        """Begins a conversation, with a cold cache unless it is kept warm. One at a time: raises CFMoEError while another is open."""
         return Session(self)
 
 
