@@ -179,3 +179,18 @@ TEST_CASE("i/o queue: reads ahead wait for all others, and may be demanded or wi
   queue.demand(ahead[3]);
   CHECK(queue.done(ahead[3]));
 }
+
+TEST_CASE("i/o queue: reads ahead that are held back begin only where they are demanded") {
+  IoQueue queue(2);
+  queue.hold_ahead(true);
+  std::vector<int> order;
+  std::vector<IoQueue::JobPtr> ahead;
+  for (int i = 0; i < 3; ++i) ahead.push_back(queue.submit_ahead([&order, i] { order.push_back(i); }));
+  queue.demand(ahead[1]);
+  queue.wait_idle();
+  CHECK(order == std::vector<int>{1});
+  CHECK(queue.waits(ahead[0]));
+  queue.hold_ahead(false);
+  queue.wait_idle();
+  CHECK(order == std::vector<int>{1, 0, 2});
+}

@@ -129,7 +129,7 @@ CFMOE_API cfmoe_status cfmoe_engine_set_budget(cfmoe_engine* engine, uint64_t bu
 CFMOE_API cfmoe_status cfmoe_engine_trim(cfmoe_engine* engine, uint64_t budget_bytes, char* error, size_t error_size);
 /* Keeps the cache warm from now on: a session that begins or is reset finds the experts that are in memory instead of a
  * cold cache, and free room is filled in the background with `experts` (layer * num_experts + expert), the likeliest
- * first, while nothing else is read. No token depends on it, and the budget holds. A count of 0 ends reading ahead; a
+ * first, between calls. No token depends on it, and the budget holds. A count of 0 ends reading ahead; a
  * new list replaces what of the old one is not read yet. Between calls. */
 CFMOE_API cfmoe_status cfmoe_engine_keep_warm(cfmoe_engine* engine, const uint32_t* experts, size_t count, char* error,
                                               size_t error_size);

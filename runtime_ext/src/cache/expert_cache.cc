@@ -365,6 +365,8 @@ void ExpertCache::keep_warm(std::vector<ExpertKey> experts) {
   cache.residency.fill(cache.ahead, cache.next_position);
 }
 
+void ExpertCache::hold_ahead(bool held) { impl_->queue.hold_ahead(held); }
+
 void ExpertCache::begin_conversation() {
   Impl& cache = *impl_;
   if (!cache.warm) {

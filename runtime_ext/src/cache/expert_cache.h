@@ -78,6 +78,8 @@ class ExpertCache {
   // and read while no other read is under way, or at once where one is wanted. So neither hits nor victims depend on
   // how far reading ahead has come. Given again, the new list replaces what of the old one is not read yet.
   void keep_warm(std::vector<ExpertKey> experts);
+  // While held back, reading ahead begins no read: it takes from computing.
+  void hold_ahead(bool held);
   // The next access is cold, unless the cache is kept warm. Throws as drain does where it is not.
   void begin_conversation();
 

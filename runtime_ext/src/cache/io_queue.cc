@@ -80,6 +80,14 @@ bool IoQueue::withdraw(const JobPtr& job) {
   return true;
 }
 
+void IoQueue::hold_ahead(bool held) {
+  {
+    std::lock_guard lock(mutex_);
+    held_ = held;
+  }
+  if (!held) work_arrived_.notify_one();
+}
+
 bool IoQueue::waits(const JobPtr& job) const {
   std::lock_guard lock(mutex_);
   return job->ahead;
@@ -109,7 +117,7 @@ void IoQueue::wait_any(std::span<const JobPtr> jobs) {
 
 void IoQueue::wait_idle() {
   std::unique_lock lock(mutex_);
-  work_done_.wait(lock, [&] { return queue_.empty() && ahead_.empty() && running_ == 0; });
+  work_done_.wait(lock, [&] { return queue_.empty() && (held_ || ahead_.empty()) && running_ == 0; });
 }
 
 void IoQueue::run() {

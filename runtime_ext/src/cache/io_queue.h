@@ -34,6 +34,8 @@ class IoQueue {
   void demand(const JobPtr& job);
   // Takes out a read ahead that has not begun; false for any other.
   bool withdraw(const JobPtr& job);
+  // While held back, no read ahead begins.
+  void hold_ahead(bool held);
   // One that withdraw would take out.
   bool waits(const JobPtr& job) const;
   bool done(const JobPtr& job) const;
@@ -43,19 +45,19 @@ class IoQueue {
   void wait(const JobPtr& job);
   // Waits until one of them is done; not for an empty list.
   void wait_any(std::span<const JobPtr> jobs);
-  // Waits until nothing is queued or running. Errors stay with their jobs.
+  // Waits until nothing is queued or running, reads ahead that are held back left out. Errors stay with their jobs.
   void wait_idle();
 
  private:
   void stop();
   void run();
-  bool may_read_ahead() const { return queue_.empty() && running_ == 0 && !ahead_.empty(); }
+  bool may_read_ahead() const { return !held_ && queue_.empty() && running_ == 0 && !ahead_.empty(); }
 
   mutable std::mutex mutex_;
   std::condition_variable work_arrived_, work_done_;
   std::deque<JobPtr> queue_, ahead_;
   int32_t running_ = 0;
-  bool stopping_ = false;
+  bool stopping_ = false, held_ = false;
   std::vector<std::thread> threads_;
 };
 

@@ -448,9 +448,11 @@ Engine::Turn::Turn(Engine& engine) : engine_(engine) {
     engine_.gate_.leave();
     std::rethrow_exception(error);
   }
+  engine_.cache_->hold_ahead(true);
 }
 
 Engine::Turn::~Turn() {
+  engine_.cache_->hold_ahead(false);
   bool entered = true;
   while (entered) {
     try {

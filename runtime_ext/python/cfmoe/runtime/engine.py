@@ -233,10 +233,10 @@ class Engine:
         error.check(self._lib.cfmoe_engine_trim(self._open_handle(), memory_budget, *error.arguments))
 
     def keep_warm(self, experts: Sequence[int] | None = None) -> None:
-        """From now on a session that begins or is reset finds what is in memory, not a cold cache, and free room fills in the background.
+        """From now on a session that begins or is reset finds what is in memory, not a cold cache, and free room fills between calls.
 
         experts: what to read ahead, ``layer * num_experts + expert``, the likeliest first (:func:`cfmoe.trace.metrics.popular_experts`);
-        None for all, layer by layer; an empty list ends reading ahead. Other reads come first, no token depends on it, the budget holds.
+        None for all, layer by layer; an empty list ends reading ahead. No token depends on it, and the budget holds.
         :meth:`residents` shows how far it has come, ``metrics.prefill.prefetched`` how many were read. Raises CFMoEError where an expert is
         none of the model's, or while a call runs.
         """
