@@ -263,10 +263,12 @@ void Server::handle(const Request& request) {
     } else if (request.op == "devices") {
       report_devices(request);
     } else if (request.op == "reset") {
-      check_fields(body, {});
+      check_fields(body, {"keep_experts"});
       engine();
       Call call;
-      call.check(cfmoe_session_reset(session_, call.error(), Call::size()));
+      const std::optional<JsonValue> keep = given(body, "keep_experts");
+      call.check(keep && keep->boolean() ? cfmoe_session_rewind(session_, 0, call.error(), Call::size())
+                                         : cfmoe_session_reset(session_, call.error(), Call::size()));
       reply(request, "ok");
     } else {  // unload, quit
       check_fields(body, {});
@@ -438,7 +440,7 @@ int Server::on_token(const Request& request, int32_t token) {
 void Server::generate(const Request& request) {
   const JsonValue& body = *request.body;
   check_fields(body, {"prompt", "tokens", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
-                      "seed", "stop_tokens", "reset"});
+                      "seed", "stop_tokens", "position", "reset"});
   engine();
   Call call;
   const std::vector<int32_t> prompt = prompt_of(body);
@@ -457,6 +459,8 @@ void Server::generate(const Request& request) {
   }
   if (const std::optional<JsonValue> reset = given(body, "reset"); reset && reset->boolean())
     call.check(cfmoe_session_reset(session_, call.error(), Call::size()));
+  if (given(body, "position"))
+    call.check(cfmoe_session_rewind(session_, small_number(body, "position", 0), call.error(), Call::size()));
   if (tokenizer_ != nullptr) text_of(-1);
 
   uint32_t count = 0;

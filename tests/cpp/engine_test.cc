@@ -110,6 +110,39 @@ TEST_CASE("the last generated token is part of the conversation") {
   CHECK(logits == std::vector<float>(expected.end() - 300, expected.end()));
 }
 
+TEST_CASE("going back leaves the conversation as it was, with warm experts") {
+  const ToyArtifact artifact;
+  Engine engine(artifact.path(), options(100));
+  Session session(engine);
+  const auto again = [&] {
+    SamplingOptions penalty;
+    penalty.repetition_penalty = 1.3F;
+    std::vector<int32_t> out;
+    session.generate(prompt(7), 12, penalty, {}, [&](int32_t token) {
+      out.push_back(token);
+      return true;
+    });
+    return out;
+  };
+  const auto first = generate(session, prompt(20), 9);  // the last token is generated, not read
+  CHECK(session.position() == 29);
+  const auto second = again();
+  CHECK(session.position() == 48);
+  session.rewind(29);
+  CHECK(session.position() == 29);
+  CHECK(again() == second);
+  session.rewind(48);
+  CHECK(session.position() == 48);
+  CHECK_THROWS_WITH(session.rewind(49), doctest::Contains("has 48 tokens and cannot go back to 49"));
+  session.rewind(28);
+  generate(session, {{first.back()}}, 0);
+  CHECK(again() == second);
+  session.rewind(0);
+  CHECK(session.metrics().prefill.tokens == 0);
+  CHECK(generate(session, prompt(20), 9) == first);
+  CHECK(engine.cache().metrics(Phase::kPrefill).misses == 0);
+}
+
 TEST_CASE("metrics agree with the event log") {
   const ToyArtifact artifact;
   Engine engine(artifact.path(), options(34));

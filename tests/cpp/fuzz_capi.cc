@@ -26,7 +26,7 @@ class Fuzzer {
   ~Fuzzer() { close(); }
 
   void step() {
-    switch (below(14)) {
+    switch (below(15)) {
       case 0: reopen(); break;
       case 1: set_budget(); break;
       case 2: check(cfmoe_engine_trim(maybe(engine_), edge(), error_, error_size())); break;
@@ -40,6 +40,7 @@ class Fuzzer {
         check(cfmoe_session_write_trace(session_, below(2) == 0 ? nullptr : "/nowhere/x", error_, error_size()));
         break;
       case 10: conversation(); break;
+      case 11: check(cfmoe_session_rewind(maybe(session_), below(100), error_, error_size())); break;
       default: generate(); break;
     }
   }

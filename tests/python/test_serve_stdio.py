@@ -36,6 +36,14 @@ def test_a_conversation_is_the_one_of_the_library(demo_artifact: Path) -> None:
         assert done["position"] == position and done["metrics"]["decode"]["tokens"] == len(first.token_ids) + len(tokens) - 2
         again, _, _ = process.generate(tokens=tokenizer.encode(PROMPT), max_new_tokens=30, reset=True)
         assert again == first.token_ids
+        position = len(tokenizer.encode(PROMPT)) + len(again)
+        for _ in range(2):
+            turn = process.generate(prompt=" — naïve 日本", max_new_tokens=20, stop_tokens=[], position=position, **sampling)
+            assert turn[0] == second.token_ids
+        process.send("generate", prompt="x", position=100000)
+        assert "cannot go back to 100000" in process.read()["message"]
+        assert process.call("reset", keep_experts=True)["event"] == "ok"
+        assert process.generate(tokens=tokenizer.encode(PROMPT), max_new_tokens=30)[0] == first.token_ids
 
 
 def test_a_prompt_in_pieces(demo_artifact: Path) -> None:

@@ -154,6 +154,9 @@ CFMOE_API cfmoe_status cfmoe_session_create(cfmoe_engine* engine, cfmoe_session*
 CFMOE_API void cfmoe_session_destroy(cfmoe_session* session);
 /* Forgets the conversation and makes the cache cold. */
 CFMOE_API cfmoe_status cfmoe_session_reset(cfmoe_session* session, char* error, size_t error_size);
+/* Forgets what follows the first `position` tokens and keeps the experts that are in memory. At 0 a new conversation
+ * begins, metrics too. */
+CFMOE_API cfmoe_status cfmoe_session_rewind(cfmoe_session* session, uint32_t position, char* error, size_t error_size);
 CFMOE_API uint32_t cfmoe_session_position(const cfmoe_session* session);
 
 /* Prefills `tokens` and generates up to `max_new_tokens`, into `out_tokens` (room for max_new_tokens) if not NULL.

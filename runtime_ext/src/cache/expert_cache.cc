@@ -113,7 +113,7 @@ struct ExpertCache::Impl final : Residency::Actions {
   std::atomic<uint64_t> prefetched{0};
   bool warm = false;
   std::vector<ExpertKey> ahead;  // what fills free slots, the likeliest first
-  // A conversation's positions begin at 0; policies see those of all that warm conversations run.
+  // A conversation's positions begin at 0 and may go back; those that policies see only rise.
   uint64_t conversation_begin = 0, next_position = 0;
   std::vector<uint64_t> positions;  // of the layer under way
   std::vector<bool> hits;           // of the group under way
@@ -369,14 +369,19 @@ void ExpertCache::hold_ahead(bool held) { impl_->queue.hold_ahead(held); }
 
 void ExpertCache::begin_conversation() {
   Impl& cache = *impl_;
-  if (!cache.warm) {
-    drain();
-    clear();
-    return;
-  }
+  if (cache.warm) return rewind(0);
+  drain();
+  clear();
+  cache.conversation_begin = cache.next_position = 0;
+}
+
+void ExpertCache::rewind(uint64_t position) {
+  Impl& cache = *impl_;
   cache.drop_failed();
   cache.residency.forget_routing();
-  cache.conversation_begin = cache.next_position;
+  const uint64_t begin = cache.next_position - position;
+  cache.residency.shift_events(begin - cache.conversation_begin);
+  cache.conversation_begin = begin;
   if (cache.recorder != nullptr) cache.recorder->begin_sample();
 }
 

@@ -82,6 +82,8 @@ class ExpertCache {
   void hold_ahead(bool held);
   // The next access is cold, unless the cache is kept warm. Throws as drain does where it is not.
   void begin_conversation();
+  // The next token is at `position` of the conversation, which has read no fewer; what is in memory stays.
+  void rewind(uint64_t position);
 
   // Waits until no read is under way. Throws the first error of a background read that nobody has met yet.
   void drain();

@@ -103,6 +103,10 @@ class Residency {
   // Forgets residents (without evicting them), the policy's state and noted routing: the next access is cold.
   void clear();
   // Forgets routing that waits for a hand-over.
+  // Adds to the positions of events that nobody has taken yet; wraps around.
+  void shift_events(uint64_t by) {
+    for (AccessEvent& event : events_) event.position += by;
+  }
   void forget_routing() { routing_.clear(); }
   // Evicts what no longer fits, counted as prefill. Same bounds as the constructor's.
   void resize(int32_t slots);

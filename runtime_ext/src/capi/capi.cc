@@ -183,6 +183,13 @@ cfmoe_status cfmoe_session_reset(cfmoe_session* session, char* error, size_t err
   });
 }
 
+cfmoe_status cfmoe_session_rewind(cfmoe_session* session, uint32_t position, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    require(session != nullptr, "session is NULL");
+    session->session.rewind(position);
+  });
+}
+
 uint32_t cfmoe_session_position(const cfmoe_session* session) {
   return session == nullptr ? 0 : session->session.position();
 }

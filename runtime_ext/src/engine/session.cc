@@ -43,12 +43,36 @@ Session::~Session() { engine_.has_session() = false; }
 void Session::reset() {
   const Engine::Turn turn(engine_);
   engine_.cache().begin_conversation();
-  engine_.cache().reset_metrics();
-  engine_.cache().take_events();
-  std::fill(engine_.seen().begin(), engine_.seen().end(), uint8_t{0});
-  position_ = 0;
+  forget(0);
+  begin_metrics();
+}
+
+void Session::rewind(uint32_t position) {
+  const Engine::Turn turn(engine_);
+  if (position > this->position()) {
+    throw Error("the conversation has " + std::to_string(this->position()) + " tokens and cannot go back to " +
+                std::to_string(position) + ": name an earlier position");
+  }
+  if (position < this->position()) {
+    engine_.cache().rewind(position);
+    forget(position);
+  }
+  if (position == 0) begin_metrics();
+}
+
+// What is left of the cache beyond `position` is overwritten before anything reads it.
+void Session::forget(uint32_t position) {
+  position_ = position;
   pending_ = -1;
   hand_over_due_ = false;
+  read_.resize(position);
+  std::fill(engine_.seen().begin(), engine_.seen().end(), uint8_t{0});
+  for (const int32_t token : read_) engine_.seen()[token] = 1;
+}
+
+void Session::begin_metrics() {
+  engine_.cache().reset_metrics();
+  engine_.cache().take_events();
   metrics_ = {};
   events_.clear();
   events_taken_ = 0;
@@ -81,7 +105,10 @@ void Session::begin(std::span<const int32_t> tokens) {
   engine_.cancelled() = false;
 }
 
-void Session::note_seen(std::span<const int32_t> tokens) {
+void Session::note_read(std::span<const int32_t> tokens) {
+  position_ += static_cast<int64_t>(tokens.size());
+  pending_ = -1;
+  read_.insert(read_.end(), tokens.begin(), tokens.end());
   for (const int32_t token : tokens) engine_.seen()[token] = 1;
 }
 
@@ -99,10 +126,8 @@ void Session::prefill(std::span<const int32_t> tokens, OutputRows rows, const Ta
     const bool last = start + chunk.size() == all.size();
     const OutputRows here = rows == OutputRows::kLast && !last ? OutputRows::kNone : rows;
     const std::span<const float> hidden = engine_.prefill(chunk, position_, here);
-    position_ += static_cast<int64_t>(chunk.size());
-    pending_ = -1;
+    note_read(chunk);
     metrics_.prefill.tokens += chunk.size();
-    note_seen(chunk);
     const size_t hide = start == 0 ? skipped : 0;
     if (here == OutputRows::kAll && chunk.size() > hide) {
       take(hidden.subspan(hide * hidden_size), start + hide - skipped);
@@ -122,9 +147,7 @@ std::span<float> Session::decode(int32_t token, bool logits) {
   const PhaseMetrics before = engine_.cache().metrics(Phase::kDecode);
   const std::span<float> out = engine_.decode(token, position_, logits);
   const PhaseMetrics after = engine_.cache().metrics(Phase::kDecode);
-  ++position_;
-  pending_ = -1;
-  note_seen({&token, 1});
+  note_read({&token, 1});
   if (metrics_.decode.tokens++ < kFirstTokens) {
     metrics_.first_32_hits += after.hits - before.hits;
     metrics_.first_32_accesses += after.hits + after.misses - before.hits - before.misses;
@@ -157,7 +180,7 @@ void Session::generate(std::span<const int32_t> tokens, uint32_t max_new_tokens,
     const int32_t token = sampler.sample(logits, engine_.seen());
     if (std::find(stop_tokens.begin(), stop_tokens.end(), token) != stop_tokens.end()) return;
     pending_ = token;
-    note_seen({&token, 1});
+    engine_.seen()[token] = 1;
     const TurnGate::Pause pause(engine_.gate());
     if (!take(token)) return;
   }

@@ -39,6 +39,9 @@ class Session {
   // Feeds tokens and writes the logits behind each, [tokens, vocabulary], unless `logits` is null.
   void feed(std::span<const int32_t> tokens, bool decode, float* logits);
   void reset();
+  // Forgets what follows the first `position` tokens; experts stay in memory. At 0 a new conversation begins, metrics
+  // too. Throws cfmoe::Error where there are fewer tokens.
+  void rewind(uint32_t position);
   // From any thread: the call under way throws cfmoe::Error (cancelled) soon.
   void cancel() { engine_.cancelled() = true; }
 
@@ -58,12 +61,15 @@ class Session {
   // `rows`: which of the tokens' hidden states are wanted at all; kLast of the last chunk alone.
   void prefill(std::span<const int32_t> tokens, OutputRows rows, const TakeHidden& take);
   std::span<float> decode(int32_t token, bool logits);
-  void note_seen(std::span<const int32_t> tokens);
+  void note_read(std::span<const int32_t> tokens);
+  void forget(uint32_t position);
+  void begin_metrics();
   void check_cancelled() const;
 
   Engine& engine_;
-  int64_t position_ = 0;  // tokens whose keys and values are in the cache
-  int32_t pending_ = -1;  // the last generated token, which nothing has read yet
+  int64_t position_ = 0;       // tokens whose keys and values are in the cache
+  std::vector<int32_t> read_;  // those tokens
+  int32_t pending_ = -1;       // the last generated token, which nothing has read yet
   bool hand_over_due_ = false;
   SessionMetrics metrics_;
   std::vector<AccessEvent> events_;

@@ -85,16 +85,22 @@ final class ChatFormatTests: XCTestCase {
   func testTheEngineIsToldWhatIsNew() {
     var context = EngineContext()
     func prompt(_ texts: String...) -> [Piece] { texts.enumerated().map { Piece($1, typed: $0 % 2 == 1) } }
-    XCTAssertEqual(context.tell(prompt("<b>", "one", "<r>")), Telling(pieces: prompt("<b>", "one", "<r>"), reset: false))
-    context.answered(" e\u{301}\r")
+    XCTAssertEqual(context.tell(prompt("<b>", "one", "<r>")), Telling(pieces: prompt("<b>", "one", "<r>"), position: 0))
+    context.answered(" e\u{301}\r", position: 7)
     let more = prompt("<b>", "one", "<r>", " e\u{301}\r", "\n<b>", "three")
-    XCTAssertEqual(context.tell(more), Telling(pieces: [Piece("\n<b>"), Piece("three", typed: true)], reset: false))
-    // Without an answer nobody knows what the engine has; nor if other words are wanted in the past.
-    XCTAssertTrue(context.tell(more).reset)
-    context.answered("x")
-    XCTAssertTrue(context.tell(prompt("<b>", "two")).reset)
-    context.emptied()
-    XCTAssertFalse(context.tell(prompt("a")).reset)
+    let rest = Telling(pieces: [Piece("\n<b>"), Piece("three", typed: true)], position: 7)
+    XCTAssertEqual(context.tell(more), rest)
+    // Without an answer, or for another one, it goes back to the answer before; to the beginning if other words are wanted there.
+    XCTAssertEqual(context.tell(more), rest)
+    context.answered("x", position: 12)
+    XCTAssertEqual(context.tell(more), rest)
+    context.answered("", position: 9)
+    XCTAssertEqual(context.tell(more), rest)
+    XCTAssertEqual(context.tell(prompt("<b>", "two")).position, 0)
+    context.answered("y", position: 5)
+    XCTAssertEqual(context.tell(prompt("<b>", "two", "y", "z")).position, 5)
+    context.lost()
+    XCTAssertEqual(context.tell(prompt("<b>", "two", "y", "z")).position, 0)
   }
 
   func testAnswersEndAtAText() {

@@ -160,6 +160,7 @@ _FUNCTIONS: dict[str, tuple[object, list[object]]] = {
     "cfmoe_session_create": (c_int, [c_void_p, POINTER(c_void_p), c_char_p, c_size_t]),
     "cfmoe_session_destroy": (None, [c_void_p]),
     "cfmoe_session_reset": (c_int, [c_void_p, c_char_p, c_size_t]),
+    "cfmoe_session_rewind": (c_int, [c_void_p, c_uint32, c_char_p, c_size_t]),
     "cfmoe_session_position": (c_uint32, [c_void_p]),
     "cfmoe_session_generate": (
         c_int,

@@ -478,6 +478,16 @@ class Session:
         error = _capi.ErrorText()
         error.check(self._lib.cfmoe_session_reset(self._open_handle(), *error.arguments))
 
+    def rewind(self, position: int) -> None:
+        """Forgets what follows the first ``position`` tokens and keeps the experts that are in memory; 0 begins a new conversation.
+
+        Raises CFMoEError where the conversation has fewer tokens.
+        """
+        if not 0 <= position < 1 << 32:
+            raise CFMoEError(f"cannot go back to position {position}: name one from 0 to {self.position}")
+        error = _capi.ErrorText()
+        error.check(self._lib.cfmoe_session_rewind(self._open_handle(), position, *error.arguments))
+
     @property
     def metrics(self) -> Metrics:
         out = _capi.Metrics()

@@ -1,38 +1,39 @@
 // What the open engine has of the conversation, and what it has to be told so that it has all of it.
 import Foundation
 
-/// `reset`: the engine is to forget first what it has.
+/// `pieces` go behind the first `position` tokens of what the engine has; what follows those it is to forget first.
 struct Telling: Equatable, Sendable {
   var pieces: [Piece]
-  var reset: Bool
+  var position: Int
 }
 
 struct EngineContext {
-  /// All that the engine has read and written; nil: not known.
-  private var known: String? = ""
+  /// What the engine had read and written after each answer, and in how many tokens.
+  private var marks: [(text: String, position: Int)] = []
   private var asked = ""
 
-  /// A fresh engine, or one that has forgotten everything.
-  mutating func emptied() { known = "" }
+  /// The engine has nothing, or nobody knows what.
+  mutating func lost() { marks = [] }
 
-  /// Only what is new where the engine has the rest, byte for byte; else everything. The context is lost until `answered`.
+  /// What is new behind the longest beginning that the engine has, byte for byte.
   mutating func tell(_ prompt: [Piece]) -> Telling {
-    let before = known
     asked = prompt.map(\.text).joined()
-    known = nil
-    guard let before, asked.utf8.starts(with: before.utf8) else { return Telling(pieces: prompt, reset: true) }
-    var skip = before.utf8.count
+    while let mark = marks.last, !continues(mark.text) { marks.removeLast() }
+    guard let mark = marks.last else { return Telling(pieces: prompt, position: 0) }
+    var skip = mark.text.utf8.count
     let rest = prompt.compactMap { piece -> Piece? in
       let cut = min(skip, piece.text.utf8.count)
       skip -= cut
       guard cut < piece.text.utf8.count else { return nil }
       return Piece(String(decoding: piece.text.utf8.dropFirst(cut), as: UTF8.self), typed: piece.typed)
     }
-    return Telling(pieces: rest, reset: false)
+    return Telling(pieces: rest, position: mark.position)
   }
 
-  /// The engine has answered what was told last.
-  mutating func answered(_ answer: String) { known = asked + answer }
+  /// The engine has answered what was told last, and has `position` tokens now.
+  mutating func answered(_ answer: String, position: Int) { marks.append((asked + answer, position)) }
+
+  private func continues(_ text: String) -> Bool { asked.utf8.count > text.utf8.count && asked.utf8.starts(with: text.utf8) }
 }
 
 /// Finds in an answer that comes in parts the first of the texts that end it.

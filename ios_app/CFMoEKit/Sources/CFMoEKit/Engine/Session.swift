@@ -60,6 +60,14 @@ public final class Session: Sendable {
     }
   }
 
+  /// Forgets what follows the first `position` tokens of the conversation; experts stay in memory. 0 begins a new conversation.
+  public func rewind(to position: Int) async throws {
+    try await engine.calls.run { [self] in
+      let session = try handle()
+      try checked { cfmoe_session_rewind(session, UInt32(clamping: position), $0, $1) }
+    }
+  }
+
   /// Ends what was asked for so far: those streams end with `.done` and the reason `.cancelled`.
   public func cancel() {
     wanted.with { $0.forEach { $0.cancel() } }

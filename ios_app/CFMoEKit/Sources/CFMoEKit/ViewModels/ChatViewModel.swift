@@ -80,7 +80,7 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
     answering = Task { [weak self] in
       do {
         let tokens = try tokenizer.encode(telling.pieces)
-        if telling.reset { try await parts.session.reset() }
+        try await parts.session.rewind(to: telling.position)
         let before = try await parts.session.metrics().decode
         let stream = parts.session.generate(
           tokens, maxNewTokens: settings.maxNewTokens, sampling: settings.sampling(), stopTokens: parts.format.stopTokenIDs,
@@ -130,7 +130,7 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
     }
     update { $0.tokensPerSecond = speed }
     // What ended the answer is in the engine and not in the conversation.
-    if !stopped, let text = state.messages.last?.text { context.answered(text) }
+    if !stopped, let text = state.messages.last?.text { context.answered(text, position: done.position) }
   }
 
   private func fail(_ id: Int, _ line: String) {
@@ -165,7 +165,7 @@ public final class ChatViewModel: ViewModel<ChatViewModel.State> {
         state.obstacle = loaded.textError
         guard loaded.conversation != conversation else { return }
         conversation = loaded.conversation
-        context.emptied()
+        context.lost()
         let manifest = loaded.model.manifest
         state.format = manifest.chat ?? .plain
         state.continues = manifest.chat == nil ? Self.continuesText(manifest.chatAbsent) : nil

@@ -162,11 +162,11 @@ public final class EngineHost: ViewModel<EngineHost.State> {
     update { $0 = .empty }
   }
 
-  /// Forgets the conversation; the model stays open.
+  /// Forgets the conversation; the model stays open, and its experts in memory.
   public func newConversation() async throws {
     guard let parts, case .ready(var loaded) = state else { return }
     parts.session.cancel()
-    try await parts.session.reset()
+    try await parts.session.rewind(to: 0)
     conversations += 1
     loaded.conversation = conversations
     if self.parts?.engine === parts.engine { update { $0 = .ready(loaded) } }

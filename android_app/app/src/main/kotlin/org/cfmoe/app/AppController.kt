@@ -86,7 +86,7 @@ class AppController(
             if (this !== running) return
             when (outcome) {
                 is Outcome.Success -> {
-                    context.emptied()
+                    context.lost()
                     store.dispatch(Action.EngineReady(model, greeting.version, outcome.value))
                     refresh()
                     if (driversWork) askDevices()
@@ -334,7 +334,7 @@ class AppController(
         val telling = context.tell(format.prompt(turns(state.chat.messages, format), settings.system, LocalDate.now()))
         val request = GenerateRequest(
             pieces = telling.pieces,
-            reset = telling.reset,
+            position = telling.position,
             maxNewTokens = settings.maxNewTokens,
             temperature = if (settings.greedy) 0.0 else settings.temperature,
             topK = settings.topK,
@@ -362,7 +362,7 @@ class AppController(
                 if (rest.isNotEmpty()) store.dispatch(Action.TextArrived(rest))
                 store.dispatch(Action.AnswerEnded(outcome.value, stop.found))
                 // What ended the answer is in the engine and not in the conversation.
-                if (!stop.found) context.answered(state.chat.messages.last().text)
+                if (!stop.found) context.answered(state.chat.messages.last().text, outcome.value.position)
             }
             is Outcome.Failure -> {
                 val error = outcome.error
@@ -385,11 +385,8 @@ class AppController(
         if (state.isBusy) return
         context.lost()
         store.dispatch(Action.ConversationForgotten)
-        running?.engine?.reset { outcome ->
-            when (outcome) {
-                is Outcome.Success -> if (state.chat.messages.isEmpty()) context.emptied()
-                is Outcome.Failure -> tellFailure(outcome.error)
-            }
+        running?.engine?.reset(keepExperts = true) { outcome ->
+            if (outcome is Outcome.Failure) tellFailure(outcome.error)
             refresh()
         }
     }

@@ -11,35 +11,32 @@ fun turns(messages: List<Message>, format: ChatFormat): List<Turn> {
     return past + Turn(pairs.last()[0].text, null)
 }
 
-/** `reset`: the engine is to forget first what it has. */
-data class Telling(val pieces: List<Piece>, val reset: Boolean)
+/** `pieces` go behind the first `position` tokens of what the engine has; what follows those it is to forget first. */
+data class Telling(val pieces: List<Piece>, val position: Int)
 
 class EngineContext {
-    private var known: String? = "" // all that it has read and written; null: not known
+    private class Mark(val text: String, val position: Int)
+
+    private val marks = ArrayList<Mark>() // what the engine had read and written after each answer, and in how many tokens
     private var asked = ""
 
-    /** A fresh engine, or one that has forgotten everything. */
-    fun emptied() {
-        known = ""
-    }
+    /** The engine has nothing, or nobody knows what. */
+    fun lost() = marks.clear()
 
-    /** It has something else, or nobody knows what. */
-    fun lost() {
-        known = null
-    }
-
-    /** Only what is new where the engine has the rest, word for word; else everything. The context is lost until `answered`. */
+    /** What is new behind the longest beginning that the engine has, word for word. */
     fun tell(prompt: List<Piece>): Telling {
-        val before = known
         asked = prompt.joinToString("", transform = Piece::text)
-        known = null
-        return if (before != null && asked.startsWith(before)) Telling(without(prompt, before.length), false) else Telling(prompt, true)
+        while (marks.isNotEmpty() && !continues(marks.last())) marks.removeAt(marks.lastIndex)
+        val mark = marks.lastOrNull() ?: return Telling(prompt, 0)
+        return Telling(without(prompt, mark.text.length), mark.position)
     }
 
-    /** The engine has answered what was told last. */
-    fun answered(answer: String) {
-        known = asked + answer
+    /** The engine has answered what was told last, and has `position` tokens now. */
+    fun answered(answer: String, position: Int) {
+        marks += Mark(asked + answer, position)
     }
+
+    private fun continues(mark: Mark) = asked.length > mark.text.length && asked.startsWith(mark.text)
 
     private fun without(prompt: List<Piece>, length: Int): List<Piece> {
         var skip = length

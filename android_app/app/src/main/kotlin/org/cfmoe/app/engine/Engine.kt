@@ -25,8 +25,8 @@ interface Engine : AutoCloseable {
 
     fun metrics(reply: (Outcome<Event.Report>) -> Unit)
 
-    /** Forgets the conversation. */
-    fun reset(reply: (Outcome<Event.Ok>) -> Unit)
+    /** Forgets the conversation, and unless `keepExperts` the experts that are in memory. */
+    fun reset(keepExperts: Boolean = false, reply: (Outcome<Event.Ok>) -> Unit)
 
     fun unload(reply: (Outcome<Event.Ok>) -> Unit)
 

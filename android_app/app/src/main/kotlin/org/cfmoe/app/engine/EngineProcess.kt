@@ -49,7 +49,7 @@ class EngineProcess private constructor(
 
     override fun metrics(reply: (Outcome<Event.Report>) -> Unit) = send(Wire.operation("metrics"), reply)
 
-    override fun reset(reply: (Outcome<Event.Ok>) -> Unit) = send(Wire.operation("reset"), reply)
+    override fun reset(keepExperts: Boolean, reply: (Outcome<Event.Ok>) -> Unit) = send(Wire.reset(keepExperts), reply)
 
     override fun unload(reply: (Outcome<Event.Ok>) -> Unit) = send(Wire.operation("unload"), reply)
 
@@ -295,7 +295,7 @@ private class NoEngine(private val callbacks: Executor, private val error: Engin
 
     override fun metrics(reply: (Outcome<Event.Report>) -> Unit) = fail(reply)
 
-    override fun reset(reply: (Outcome<Event.Ok>) -> Unit) = fail(reply)
+    override fun reset(keepExperts: Boolean, reply: (Outcome<Event.Ok>) -> Unit) = fail(reply)
 
     override fun unload(reply: (Outcome<Event.Ok>) -> Unit) = fail(reply)
 

@@ -152,7 +152,8 @@ data class LoadRequest(val artifact: String, val budget: Budget = Budget.Everyth
 /** A part of a prompt. In what was `typed` special tokens are text. */
 data class Piece(val text: String, val typed: Boolean)
 
-/** Exactly one of `prompt`, `pieces` and `tokens`. Temperature 0 is greedy. An empty `stopTokens` means none, null the model's. */
+/** Exactly one of `prompt`, `pieces` and `tokens`. Temperature 0 is greedy. An empty `stopTokens` means none, null the model's.
+ * What follows the first `position` tokens of the conversation is forgotten first. */
 data class GenerateRequest(
     val prompt: String? = null,
     val pieces: List<Piece>? = null,
@@ -164,5 +165,6 @@ data class GenerateRequest(
     val repetitionPenalty: Double = 1.0,
     val seed: Long = 0,
     val stopTokens: IntArray? = null,
+    val position: Int? = null,
     val reset: Boolean = false,
 )

@@ -28,6 +28,7 @@ internal object Wire {
             put("repetition_penalty", request.repetitionPenalty)
             put("seed", request.seed)
             if (request.stopTokens != null) put("stop_tokens", JSONArray(request.stopTokens.toList()))
+            if (request.position != null) put("position", request.position)
             if (request.reset) put("reset", true)
         }
 
@@ -37,6 +38,8 @@ internal object Wire {
     fun setBudget(budget: Budget): JSONObject = operation("set_budget").putBudget(budget)
 
     fun trim(bytes: Long): JSONObject = operation("trim").put("memory_budget", bytes)
+
+    fun reset(keepExperts: Boolean): JSONObject = operation("reset").apply { if (keepExperts) put("keep_experts", true) }
 
     fun operation(name: String): JSONObject = JSONObject().put("op", name)
 

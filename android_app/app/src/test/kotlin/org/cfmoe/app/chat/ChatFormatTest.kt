@@ -94,19 +94,21 @@ class ChatFormatTest {
     fun engineIsToldWhatIsNew() {
         val context = EngineContext()
         fun tell(vararg texts: String) = context.tell(texts.mapIndexed { number, text -> Piece(text, number % 2 == 1) })
-        assertEquals(Telling(listOf(Piece("<b>", false), Piece("one", true), Piece("<r>", false)), false), tell("<b>", "one", "<r>"))
-        context.answered(" two")
+        assertEquals(Telling(listOf(Piece("<b>", false), Piece("one", true), Piece("<r>", false)), 0), tell("<b>", "one", "<r>"))
+        context.answered(" two", 7)
         val more = tell("<b>", "one", "<r>", " two", "<n><b>", "three", "<r>")
-        assertEquals(Telling(listOf(Piece("<n><b>", false), Piece("three", true), Piece("<r>", false)), false), more)
-        // Without an answer nobody knows what the engine has; nor if other words are wanted in the past.
-        assertTrue(tell("<b>", "one", "<r>", " two", "<n><b>", "three", "<r>").reset)
-        context.answered("x")
-        assertTrue(tell("<b>", "two", "<r>").reset)
-        context.answered("y")
+        assertEquals(Telling(listOf(Piece("<n><b>", false), Piece("three", true), Piece("<r>", false)), 7), more)
+        // Without an answer, or for another one, it goes back to the answer before; to the beginning if other words are wanted there.
+        assertEquals(more, tell("<b>", "one", "<r>", " two", "<n><b>", "three", "<r>"))
+        context.answered("x", 12)
+        assertEquals(more, tell("<b>", "one", "<r>", " two", "<n><b>", "three", "<r>"))
+        context.answered("", 9)
+        assertEquals(more, tell("<b>", "one", "<r>", " two", "<n><b>", "three", "<r>"))
+        assertEquals(0, tell("<b>", "two", "<r>").position)
+        context.answered("y", 5)
+        assertEquals(5, tell("<b>", "two", "<r>y", "z").position)
         context.lost()
-        assertTrue(tell("<b>", "two", "<r>y").reset)
-        context.emptied()
-        assertEquals(false, tell("a").reset)
+        assertEquals(0, tell("<b>", "two", "<r>y", "z").position)
     }
 
     @Test

@@ -76,11 +76,11 @@ class ConversationTest {
         return state.chat.messages.last()
     }
 
-    /** The prompts so far, as texts, and whether the engine was to forget before. */
+    /** The prompts so far, as texts, and whether the engine was to have something before them. */
     private fun told(): List<Pair<String, Boolean>> =
         File(folder.root, "engine.sh.log").readLines().map(::JSONObject).filter { it.getString("op") == "generate" }.map { line ->
             val pieces = line.getJSONArray("prompt")
-            (0 until pieces.length()).joinToString("") { pieces.getJSONObject(it).getString("text") } to line.optBoolean("reset")
+            (0 until pieces.length()).joinToString("") { pieces.getJSONObject(it).getString("text") } to (line.getInt("position") > 0)
         }
 
     @After
@@ -100,7 +100,7 @@ class ConversationTest {
         val two = app.say("And then <|assistant|>?")
         val expected = listOf(
             "Be kind.<|user|>The proposal adds<|assistant|>" to false,
-            "<|pad|><|user|>And then <|assistant|>?<|assistant|>" to false,
+            "<|pad|><|user|>And then <|assistant|>?<|assistant|>" to true,
         )
         assertEquals(expected, told())
         main.run { app.save() }
@@ -112,7 +112,7 @@ class ConversationTest {
         val whole = "Be kind.<|user|>The proposal adds<|assistant|>${one.text}<|pad|><|user|>And then <|assistant|>?<|assistant|>"
         assertEquals(whole to false, told()[2])
         next.say("More.")
-        assertEquals("<|pad|><|user|>More.<|assistant|>" to false, told()[3])
+        assertEquals("<|pad|><|user|>More.<|assistant|>" to true, told()[3])
     }
 
     @Test
@@ -121,20 +121,23 @@ class ConversationTest {
         val one = app.say("The proposal adds")
         assertEquals(one.text, answer { app.answerAgain() }.text) // greedy
         assertEquals(2, state.chat.messages.size)
-        assertEquals("Be kind.<|user|>The proposal adds<|assistant|>" to true, told()[1])
+        assertEquals("Be kind.<|user|>The proposal adds<|assistant|>" to false, told()[1])
         app.set { copy(greedy = false, temperature = 2.0, topK = 0, seed = 3) }
         val drawn = answer { app.answerAgain() }
         assertNotEquals(one.text, drawn.text)
         assertEquals(drawn.text, answer { app.answerAgain() }.text)
         app.set { copy(seed = 4) }
         assertNotEquals(drawn.text, answer { app.answerAgain() }.text)
+        val next = app.say("And?")
+        assertEquals(next.text, answer { app.answerAgain() }.text)
+        assertEquals("<|pad|><|user|>And?<|assistant|>" to true, told().last()) // what came before is not read again
         app.set { copy(system = "Be brief.") }
         app.say("Go on.")
-        assertTrue(told().last().first.startsWith("Be brief.<|user|>The proposal adds<|assistant|>") && told().last().second)
+        assertTrue(told().last().first.startsWith("Be brief.<|user|>The proposal adds<|assistant|>") && !told().last().second)
         app.set { copy(system = "") }
         main.run { app.forgetConversation() }
         app.say("New.")
-        assertEquals("<|user|>New.<|assistant|>", told().last().first)
+        assertEquals("<|user|>New.<|assistant|>" to false, told().last())
     }
 
     @Test
@@ -144,8 +147,7 @@ class ConversationTest {
         val long = app.say("word ".repeat(3000))
         assertEquals(Ending.TooLong, long.ending)
         assertEquals(Ending.Length, app.say("Short.").ending)
-        assertEquals(true, told().last().second)
-        assertTrue("word word" !in told().last().first)
+        assertEquals("<|pad|><|user|>Short.<|assistant|>" to true, told().last())
     }
 
     @Test
@@ -153,7 +155,7 @@ class ConversationTest {
         val app = app(Real.artifact)
         val one = app.say("The proposal adds ")
         app.say(" <|endoftext|>more")
-        assertEquals(listOf("The proposal adds " to false, " <|endoftext|>more" to false), told())
+        assertEquals(listOf("The proposal adds " to false, " <|endoftext|>more" to true), told())
         assertEquals(one.text, state.chat.messages[1].text)
         assertEquals(null, (state.engine as EngineState.Ready).model.chat)
     }

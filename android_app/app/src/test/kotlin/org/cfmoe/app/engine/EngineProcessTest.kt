@@ -130,7 +130,7 @@ class EngineProcessTest {
         val started = CountDownLatch(3)
         val answer = later<Event.Done> { engine.generate(PROMPT.copy(maxNewTokens = 1500), { started.countDown() }, it) }
         assertTrue(started.await(SECONDS, TimeUnit.SECONDS))
-        val queued = later<Event.Ok> { engine.reset(it) }
+        val queued = later<Event.Ok> { engine.reset(reply = it) }
         children().single().destroyForcibly()
         for (outcome in listOf(answer, queued)) {
             val failure = outcome.get(SECONDS, TimeUnit.SECONDS) as Outcome.Failure
