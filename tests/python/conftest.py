@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,10 @@ from support import ROOT, Cli
 
 CACHE = ROOT / "build" / "test-artifacts"
 SHARED = ROOT.parent / "shared"
+
+# A shell's background jobs ignore Ctrl-C, and so do their children unless they say otherwise: tests interrupt theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

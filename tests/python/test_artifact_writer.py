@@ -229,13 +229,11 @@ def test_read_only_directory_is_one_line(tmp_path: Path) -> None:
 
 def _start_writer(out: Path) -> subprocess.Popen[str]:
     """A process in the midst of writing `out`."""
-    # A shell's background jobs ignore Ctrl-C, and so do their children unless they say otherwise.
     code = """
-    import signal, sys, time
+    import sys, time
     from pathlib import Path
     import artifacts
     from cfmoe.artifact.writer import ArtifactWriter
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with ArtifactWriter(Path(sys.argv[1]), force=True) as writer:
         artifacts.fill(writer)
         print("ready", flush=True)

@@ -145,9 +145,7 @@ def _build_that_never_ends(directory: Path) -> Iterator[tuple[subprocess.Popen[b
     fake = directory / "cmake"
     fake.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {directory}/compiler\nwait\n")
     fake.chmod(0o755)
-    code = f"import signal\nfrom cfmoe.package import native\nfrom pathlib import Path\nnative._tool = lambda name: Path({str(fake)!r})\n"
-    # Where the tests run in the background of a shell, this signal is ignored.
-    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"from cfmoe.package import native\nfrom pathlib import Path\nnative._tool = lambda name: Path({str(fake)!r})\n"
     code += "native.build(native.PRESETS['linux-arm64'])\n"
     environment = os.environ | {"CFMOE_NATIVE_CACHE": str(directory / "cache")}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
