@@ -17,7 +17,7 @@ from reference import reference_logits
 Compiled = Callable[[Path, str], Path]
 
 
-@pytest.fixture(params=["demo", "moe-63m"])
+@pytest.fixture(params=["demo", pytest.param("moe-63m", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("demo_model" if request.param == "demo" else "moe_63m")
 

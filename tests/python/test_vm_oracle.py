@@ -38,7 +38,7 @@ def test_engine_has_the_bits_of_the_vm(quant: str, skip: Sequence[str], demo_mod
 
 
 # Together they call every kernel and every option of the router.
-@pytest.mark.parametrize("case", ["deepseek_v2", "gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["deepseek_v2", pytest.param("gpt_oss", marks=pytest.mark.slow), "qwen2_moe"])
 def test_families_have_the_bits_of_the_vm(case: str, tmp_path: Path, demo_model: Path) -> None:
     model = tiny_checkpoint(case, tmp_path / "model", demo_model / "tokenizer.json")
     artifact = compile_model(model, tmp_path / "artifact", quant="q4", prefill_chunk=64)
