@@ -6,18 +6,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <stdexcept>
 #include <utility>
 
-#include "cfmoe/cfmoe.h"
+#include "open_session.h"
 #include "profile.h"
 #include "report.h"
 
 namespace cfmoe::tools {
 namespace {
 
-constexpr size_t kErrorBytes = 2048;
 constexpr int kMostRepeats = 8;
 constexpr uint32_t kDefaultContext = 4096;  // of cfmoe_engine_options
 
@@ -108,10 +105,6 @@ Options parse(const std::vector<std::string>& arguments) {
   return options;
 }
 
-void check(cfmoe_status status, const char* error) {
-  if (status != CFMOE_OK) throw std::runtime_error(error);
-}
-
 double rate_between(const cfmoe_phase_metrics& before, const cfmoe_phase_metrics& after) {
   return static_cast<double>(after.tokens - before.tokens) / (after.seconds - before.seconds);
 }
@@ -128,39 +121,35 @@ JsonObject measure(const Options& options, const std::string& budget) {
   if (!options.prefill_device.empty()) open.prefill_device = options.prefill_device.c_str();
   if (!options.decode_device.empty()) open.decode_device = options.decode_device.c_str();
   char error[kErrorBytes];
-  cfmoe_engine* raw_engine = nullptr;
-  check(cfmoe_engine_open(options.artifact.c_str(), &open, &raw_engine, error, sizeof(error)), error);
-  const std::unique_ptr<cfmoe_engine, void (*)(cfmoe_engine*)> engine(raw_engine, cfmoe_engine_close);
-  cfmoe_session* raw_session = nullptr;
-  check(cfmoe_session_create(raw_engine, &raw_session, error, sizeof(error)), error);
-  const std::unique_ptr<cfmoe_session, void (*)(cfmoe_session*)> session(raw_session, cfmoe_session_destroy);
+  const OpenSession opened(options.artifact, open);
+  cfmoe_engine* const engine = opened.engine();
+  cfmoe_session* const session = opened.session();
 
   cfmoe_model_info model = {};
-  cfmoe_engine_model(raw_engine, &model);
+  cfmoe_engine_model(engine, &model);
   std::vector<int32_t> prompt(options.prompt_tokens), tokens(options.new_tokens);
   for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<int32_t>((31 * i + 7) % model.vocab_size);
   uint32_t count = 0;
   const int32_t no_stop = 0;
   // The first run of a kernel is slower than all others.
-  check(cfmoe_session_generate(raw_session, prompt.data(), std::min<uint32_t>(options.prompt_tokens, 4), 2, nullptr,
+  check(cfmoe_session_generate(session, prompt.data(), std::min<uint32_t>(options.prompt_tokens, 4), 2, nullptr,
                                &no_stop, 0, nullptr, nullptr, nullptr, &count, error, sizeof(error)),
         error);
-  check(cfmoe_session_reset(raw_session, error, sizeof(error)), error);
-  check(cfmoe_session_generate(raw_session, prompt.data(), options.prompt_tokens, options.new_tokens, nullptr, &no_stop,
-                               0, nullptr, nullptr, tokens.data(), &count, error, sizeof(error)),
+  check(cfmoe_session_reset(session, error, sizeof(error)), error);
+  check(cfmoe_session_generate(session, prompt.data(), options.prompt_tokens, options.new_tokens, nullptr, &no_stop, 0,
+                               nullptr, nullptr, tokens.data(), &count, error, sizeof(error)),
         error);
   std::string ids = "[";
   for (uint32_t i = 0; i < count; ++i) ids += (i == 0 ? "" : ", ") + std::to_string(tokens[i]);
-  const std::string first_metrics = metrics_json(raw_session).str();
+  const std::string first_metrics = metrics_json(session).str();
   cfmoe_metrics metrics = {};
-  cfmoe_session_metrics(raw_session, &metrics);
+  cfmoe_session_metrics(session, &metrics);
   // The same prompt again, its experts in memory as far as the budget goes.
   double second_rate = 0;
-  if (cfmoe_session_position(raw_session) + options.prompt_tokens <= model.context_size) {
-    check(cfmoe_session_feed(raw_session, prompt.data(), options.prompt_tokens, 0, nullptr, error, sizeof(error)),
-          error);
+  if (cfmoe_session_position(session) + options.prompt_tokens <= model.context_size) {
+    check(cfmoe_session_feed(session, prompt.data(), options.prompt_tokens, 0, nullptr, error, sizeof(error)), error);
     cfmoe_metrics second = {};
-    cfmoe_session_metrics(raw_session, &second);
+    cfmoe_session_metrics(session, &second);
     second_rate = static_cast<double>(second.prefill.tokens - metrics.prefill.tokens) /
                   (second.prefill.seconds - metrics.prefill.seconds);
   }
@@ -168,30 +157,29 @@ JsonObject measure(const Options& options, const std::string& budget) {
   double resident_prefill = 0, resident_decode = 0;
   const uint32_t room = std::min(model.context_size, options.context_size > 0 ? options.context_size : kDefaultContext);
   cfmoe_metrics before = {}, after = {};
-  cfmoe_session_metrics(raw_session, &before);
+  cfmoe_session_metrics(session, &before);
   for (int i = 0; i < kMostRepeats; ++i) {
-    if (cfmoe_session_position(raw_session) + options.prompt_tokens + options.new_tokens + 1 > room) break;
-    check(cfmoe_session_feed(raw_session, prompt.data(), options.prompt_tokens, 0, nullptr, error, sizeof(error)),
-          error);
-    cfmoe_session_metrics(raw_session, &after);
+    if (cfmoe_session_position(session) + options.prompt_tokens + options.new_tokens + 1 > room) break;
+    check(cfmoe_session_feed(session, prompt.data(), options.prompt_tokens, 0, nullptr, error, sizeof(error)), error);
+    cfmoe_session_metrics(session, &after);
     const cfmoe_metrics last = std::exchange(before, after);
     if (after.prefill.misses > last.prefill.misses) continue;
     resident_prefill = rate_between(last.prefill, after.prefill);
-    check(cfmoe_session_generate(raw_session, prompt.data(), 1, options.new_tokens, nullptr, &no_stop, 0, nullptr,
-                                 nullptr, tokens.data(), &count, error, sizeof(error)),
+    check(cfmoe_session_generate(session, prompt.data(), 1, options.new_tokens, nullptr, &no_stop, 0, nullptr, nullptr,
+                                 tokens.data(), &count, error, sizeof(error)),
           error);
-    cfmoe_session_metrics(raw_session, &after);
+    cfmoe_session_metrics(session, &after);
     resident_decode = rate_between(before.decode, after.decode);
     break;
   }
   JsonObject out;
   out.add("memory_budget", budget)
-      .add("prefill_device", cfmoe_engine_device(raw_engine, 0))
-      .add("decode_device", cfmoe_engine_device(raw_engine, 1))
-      .add("device_name", cfmoe_engine_device_name(raw_engine))
-      .add("io", cfmoe_engine_io(raw_engine))
-      .add("policy", cfmoe_engine_policy(raw_engine))
-      .add("warning", cfmoe_engine_warning(raw_engine))
+      .add("prefill_device", cfmoe_engine_device(engine, 0))
+      .add("decode_device", cfmoe_engine_device(engine, 1))
+      .add("device_name", cfmoe_engine_device_name(engine))
+      .add("io", cfmoe_engine_io(engine))
+      .add("policy", cfmoe_engine_policy(engine))
+      .add("warning", cfmoe_engine_warning(engine))
       .add("prompt_tokens", options.prompt_tokens)
       .add("new_tokens", count)
       .raw("token_ids", ids + "]")
@@ -199,10 +187,10 @@ JsonObject measure(const Options& options, const std::string& budget) {
       .add("second_prefill_tokens_per_s", second_rate)
       .add("resident_prefill_tokens_per_s", resident_prefill)
       .add("resident_decode_tokens_per_s", resident_decode)
-      .add("memory", memory_json(raw_engine));
+      .add("memory", memory_json(engine));
   if (!options.json) {
     cfmoe_memory memory = {};
-    cfmoe_engine_memory(raw_engine, &memory);
+    cfmoe_engine_memory(engine, &memory);
     const auto rate = [](const cfmoe_phase_metrics& phase) {
       return phase.seconds > 0 ? static_cast<double>(phase.tokens) / phase.seconds : 0.0;
     };

@@ -4,19 +4,17 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <memory>
 
 #include "artifact/artifact_files.h"
 #include "artifact/checksum.h"
-#include "cfmoe/cfmoe.h"
 #include "error.h"
 #include "json_writer.h"
 #include "numbers.h"
+#include "open_session.h"
 
 namespace cfmoe::tools {
 namespace {
 
-constexpr size_t kErrorBytes = 2048;
 constexpr uint32_t kMostTokens = 4096;
 
 struct Options {
@@ -50,23 +48,16 @@ Options parse(const std::vector<std::string>& arguments) {
   return options;
 }
 
-void check(cfmoe_status status, const char* error) {
-  if (status != CFMOE_OK) throw Error(error);
-}
-
 std::string run(const Options& options) {
   cfmoe_engine_options open;
   cfmoe_engine_options_init(&open);
   open.threads = options.threads;
   char error[kErrorBytes];
-  cfmoe_engine* raw_engine = nullptr;
-  check(cfmoe_engine_open(options.artifact.c_str(), &open, &raw_engine, error, sizeof(error)), error);
-  const std::unique_ptr<cfmoe_engine, void (*)(cfmoe_engine*)> engine(raw_engine, cfmoe_engine_close);
-  cfmoe_session* raw_session = nullptr;
-  check(cfmoe_session_create(raw_engine, &raw_session, error, sizeof(error)), error);
-  const std::unique_ptr<cfmoe_session, void (*)(cfmoe_session*)> session(raw_session, cfmoe_session_destroy);
+  const OpenSession opened(options.artifact, open);
+  cfmoe_engine* const engine = opened.engine();
+  cfmoe_session* const session = opened.session();
   cfmoe_model_info model = {};
-  cfmoe_engine_model(raw_engine, &model);
+  cfmoe_engine_model(engine, &model);
 
   JsonObject out;
   out.add("target", cpu_target(open_artifact(options.artifact)).name);
@@ -75,7 +66,7 @@ std::string run(const Options& options) {
     std::vector<int32_t> tokens(count);
     for (int32_t& token : tokens) token = static_cast<int32_t>((31 * next++ + 7) % model.vocab_size);
     std::vector<float> logits(size_t{count} * model.vocab_size);
-    check(cfmoe_session_feed(raw_session, tokens.data(), count, decode ? 1 : 0, logits.data(), error, sizeof(error)),
+    check(cfmoe_session_feed(session, tokens.data(), count, decode ? 1 : 0, logits.data(), error, sizeof(error)),
           error);
     out.add(phase, format_digest(xxh3_64(logits.data(), logits.size() * sizeof(float))));
   };

@@ -144,6 +144,12 @@ std::optional<JsonValue> given(const JsonValue& body, const char* name) {
   return value;
 }
 
+// False where it is not given.
+bool flag(const JsonValue& body, const char* name) {
+  const std::optional<JsonValue> value = given(body, name);
+  return value && value->boolean();
+}
+
 uint32_t small_number(const JsonValue& body, const char* name, uint32_t otherwise) {
   const std::optional<JsonValue> value = given(body, name);
   return value ? static_cast<uint32_t>(value->int32(0)) : otherwise;
@@ -266,9 +272,8 @@ void Server::handle(const Request& request) {
       check_fields(body, {"keep_experts"});
       engine();
       Call call;
-      const std::optional<JsonValue> keep = given(body, "keep_experts");
-      call.check(keep && keep->boolean() ? cfmoe_session_rewind(session_, 0, call.error(), Call::size())
-                                         : cfmoe_session_reset(session_, call.error(), Call::size()));
+      call.check(flag(body, "keep_experts") ? cfmoe_session_rewind(session_, 0, call.error(), Call::size())
+                                            : cfmoe_session_reset(session_, call.error(), Call::size()));
       reply(request, "ok");
     } else {  // unload, quit
       check_fields(body, {});
@@ -388,8 +393,7 @@ std::vector<int32_t> Server::prompt_of(const JsonValue& body) const {
         if (name != "text" && name != "typed") piece.at(name).fail("is unknown");
       const size_t begin = text.size();
       text += piece.at("text").text(kMaxPrompt);
-      const std::optional<JsonValue> typed = given(piece, "typed");
-      if (typed && typed->boolean()) plain.insert(plain.end(), {begin, text.size()});
+      if (flag(piece, "typed")) plain.insert(plain.end(), {begin, text.size()});
       if (text.size() > kMaxPrompt) prompt->fail("has more than " + std::to_string(kMaxPrompt) + " bytes");
     }
   } else {
@@ -457,8 +461,7 @@ void Server::generate(const Request& request) {
     stops = tokens->int32_list(0, std::numeric_limits<int32_t>::max(), 1024);
     stops->reserve(1);  // a pointer even if there are none
   }
-  if (const std::optional<JsonValue> reset = given(body, "reset"); reset && reset->boolean())
-    call.check(cfmoe_session_reset(session_, call.error(), Call::size()));
+  if (flag(body, "reset")) call.check(cfmoe_session_reset(session_, call.error(), Call::size()));
   if (given(body, "position"))
     call.check(cfmoe_session_rewind(session_, small_number(body, "position", 0), call.error(), Call::size()));
   if (tokenizer_ != nullptr) text_of(-1);
