@@ -3,62 +3,26 @@ package org.cfmoe.app
 
 import java.io.File
 import java.io.IOException
-import java.util.concurrent.Executors
 import org.cfmoe.app.benchmark.BenchmarkPlan
 import org.cfmoe.app.chat.GenerationSettings
-import org.cfmoe.app.chat.SettingsFile
 import org.cfmoe.app.engine.Device
 import org.cfmoe.app.engine.EngineEnd
-import org.cfmoe.app.engine.EngineFactory
-import org.cfmoe.app.engine.EngineProcess
 import org.cfmoe.app.engine.Placement
-import org.cfmoe.app.models.ModelLibrary
-import org.cfmoe.app.state.AppState
 import org.cfmoe.app.state.BenchmarkState
 import org.cfmoe.app.state.Ending
 import org.cfmoe.app.state.EngineState
 import org.cfmoe.app.state.Message
 import org.cfmoe.app.state.Notice
 import org.cfmoe.app.state.Screen
-import org.cfmoe.app.state.Store
 import org.json.JSONObject
 import org.junit.After
 import org.junit.Assert.assertEquals
 import org.junit.Assert.assertTrue
-import org.junit.Rule
 import org.junit.Test
-import org.junit.rules.TemporaryFolder
 
-class AppControllerTest {
-    @get:Rule
-    val folder = TemporaryFolder()
-
-    private val main = TestMainThread()
-    private val io = Executors.newSingleThreadExecutor()
-    private lateinit var store: Store
-    private lateinit var controller: AppController
-
-    private val state: AppState
-        get() = main.run { store.state }
-
-    private fun app(command: List<String> = listOf(Real.engine.path)): AppController {
-        store = main.run { Store(main) }
-        val source = DirectorySource(Real.artifact)
-        val controller = AppController(
-            store = store,
-            main = main,
-            io = io,
-            engines = EngineFactory { EngineProcess.start(command, folder.root, main, it) },
-            library = ModelLibrary(File(folder.root, "models")),
-            bundled = { listOf(BundledModel(File(Real.artifact, "manifest.json").readBytes(), source)) },
-            transcript = File(folder.root, "conversation.json"),
-            settingsFile = SettingsFile(File(folder.root, "settings.json")),
-            plan = BenchmarkPlan(listOf(100.0, 25.0), repeats = 1, promptTokens = 8, newTokens = 8),
-        )
-        main.run { controller.start() }
-        this.controller = controller
-        return controller
-    }
+class AppControllerTest : AppOnEngine() {
+    private fun app(command: List<String> = listOf(Real.engine.path)): AppController =
+        start(command, Real.artifact, BenchmarkPlan(listOf(100.0, 25.0), repeats = 1, promptTokens = 8, newTokens = 8))
 
     /** `longest` in tokens: for what has to happen in mid-answer, more than come before it does. */
     private fun ready(longest: Int = 256): EngineState.Ready {

@@ -2,60 +2,28 @@
 package org.cfmoe.app.chat
 
 import java.io.File
-import java.util.concurrent.Executors
 import org.cfmoe.app.AppController
-import org.cfmoe.app.BundledModel
-import org.cfmoe.app.DirectorySource
+import org.cfmoe.app.AppOnEngine
 import org.cfmoe.app.Real
-import org.cfmoe.app.TestMainThread
 import org.cfmoe.app.children
-import org.cfmoe.app.engine.EngineFactory
-import org.cfmoe.app.engine.EngineProcess
 import org.cfmoe.app.engineThreads
 import org.cfmoe.app.eventually
-import org.cfmoe.app.models.ModelLibrary
-import org.cfmoe.app.state.AppState
 import org.cfmoe.app.state.Ending
 import org.cfmoe.app.state.EngineState
 import org.cfmoe.app.state.Message
-import org.cfmoe.app.state.Store
 import org.json.JSONObject
 import org.junit.After
 import org.junit.Assert.assertEquals
 import org.junit.Assert.assertNotEquals
 import org.junit.Assert.assertTrue
-import org.junit.Rule
 import org.junit.Test
-import org.junit.rules.TemporaryFolder
 
-class ConversationTest {
-    @get:Rule
-    val folder = TemporaryFolder()
-
-    private val main = TestMainThread()
-    private val io = Executors.newSingleThreadExecutor()
-    private lateinit var store: Store
-    private lateinit var controller: AppController
-
-    private val state: AppState
-        get() = main.run { store.state }
-
+class ConversationTest : AppOnEngine() {
     /** The engine behind a program that writes down what it is told. */
     private fun app(artifact: File = Real.chat): AppController {
         val script = File(folder.root, "engine.sh")
         script.writeText("tee -a \"$0.log\" | '${Real.engine.path}' \"$1\"\n")
-        store = main.run { Store(main) }
-        controller = AppController(
-            store = store,
-            main = main,
-            io = io,
-            engines = EngineFactory { EngineProcess.start(listOf("/bin/sh", script.path), folder.root, main, it) },
-            library = ModelLibrary(File(folder.root, "models")),
-            bundled = { listOf(BundledModel(File(artifact, "manifest.json").readBytes(), DirectorySource(artifact))) },
-            transcript = File(folder.root, "conversation.json"),
-            settingsFile = SettingsFile(File(folder.root, "settings.json")),
-        )
-        main.run { controller.start() }
+        start(listOf("/bin/sh", script.path), artifact)
         eventually("the engine is ready") { state.engine is EngineState.Ready }
         main.run { controller.changeSettings(settings().copy(maxNewTokens = 24)) }
         return controller
